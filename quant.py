@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: MIT
+"""Uniform fake quantization for PyTorch: b-bit weights and activations, simulated in float32 and packed as integers.
+
+    student = quantize_model(model, w_bits=4, a_bits=4)   # a copy; `model` stays as it is
+    observe(student); student(images)                     # learn the activation ranges
+    freeze(student)                                       # fix them; from here on the student is quantized and trains
+    torch.save(pack(student), "student.pt")
+    student = unpack(torch.load("student.pt", weights_only=True), model)
+
+The maths and the words are those of torch.fake_quantize_per_tensor_affine and ..._per_channel_affine, to the bit:
+
+    q = clamp(round(x / scale) + zero_point, quant_min, quant_max)      rounding half to even
+    y = (q - zero_point) * scale
+
+What is quantized: the weight (per output channel) and the input (per tensor) of every Conv2d and Linear, the first and
+the last included. What is not: biases, batch-norm layers, sums, poolings, everything else, in float32.
+This module knows torch and nothing else: no paths, flags, losses or training.
+"""
+import copy
+from collections import Counter, OrderedDict
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+__all__ = ["calculate_qparams", "fake_quantize", "QuantConv2d", "QuantLinear", "quantize_model", "observe", "freeze",
+           "pack", "unpack"]
+
+
+# ------------------------------------------------------------------------------------------------ the maths
+
+def quant_bounds(bits, symmetric):
+    """The smallest and largest integer code: 0 .. 2^b - 1, or -(2^(b-1) - 1) .. 2^(b-1) - 1 if symmetric."""
+    if bits not in range(2, 9):
+        raise ValueError(f"bits must be a whole number from 2 to 8, not {bits!r}")
+    return (-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2 ** bits - 1)
+
+
+def calculate_qparams(min_val, max_val, bits, symmetric):
+    """Scale and zero point for values between min_val and max_val; zero is always represented exactly.
+
+    min_val, max_val: float32 tensors of one shape, () for a whole tensor or (C,) for C channels. bits: 2 to 8.
+    Returns (scale, zero_point, quant_min, quant_max): float32 and int32 tensors of that shape, two Python ints.
+    Raises ValueError for other bits. Source: Jacob et al., arXiv 1712.05877, equations 1 and section 3.
+    """
+    quant_min, quant_max = quant_bounds(bits, symmetric)
+    # Half of float32's range keeps (q - zero_point) * scale finite; the smallest normal number keeps 1 / scale finite.
+    limit, tiny = torch.finfo(torch.float32).max / 2, torch.finfo(torch.float32).tiny
+    min_val, max_val = min_val.float().clamp(-limit, 0), max_val.float().clamp(0, limit)
+    if symmetric:
+        scale = (torch.maximum(-min_val, max_val) / quant_max).clamp(min=tiny)
+        return scale, torch.zeros_like(scale, dtype=torch.int32), quant_min, quant_max
+    scale = (max_val / (quant_max - quant_min) - min_val / (quant_max - quant_min)).clamp(min=tiny)
+    zero_point = (quant_min - (min_val / scale).round()).clamp(quant_min, quant_max).to(torch.int32)
+    return scale, zero_point, quant_min, quant_max
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Rounding has gradient zero almost everywhere, so the backward pass leaves it out (straight-through estimator,
+    Bengio et al., arXiv 1308.3432). Clipping is kept: where the code was clipped the output does not depend on x, and
+    the gradient is zero, as in torch's own operator."""
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, quant_min, quant_max):
+        q = (x * (1 / scale)).round_().add_(zero_point)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward((q >= quant_min) & (q <= quant_max))
+        return q.clamp_(quant_min, quant_max).sub_(zero_point).mul_(scale)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return grad_output * ctx.saved_tensors[0], None, None, None, None
+
+
+def fake_quantize(x, scale, zero_point, quant_min, quant_max, axis=None):
+    """Round x to the grid of (scale, zero_point) and back to float.
+
+    x: any shape, float32. scale, zero_point: one value for all of x if axis is None, else (x.shape[axis],).
+    Returns a tensor like x; the gradient passes straight through, except where x was clipped (zero).
+    """
+    shape = [1] * x.dim()
+    if axis is not None:
+        shape[axis] = -1
+    return _FakeQuantize.apply(x, scale.reshape(shape), zero_point.reshape(shape), quant_min, quant_max)
+
+
+# ------------------------------------------------------------------------------------------------ the layers
+
+class InputQuantizer(nn.Module):
+    """Fake quantizer of one layer's input, with one range for each time that the layer runs in a forward pass.
+
+    Buffers min_val, max_val, scale, zero_point: (calls,), empty until images were observed. `calls_so_far` is one
+    Counter for the whole model, emptied when a forward pass starts: it tells which run of the layer this one is, and
+    whether the layer is the first of the network, whose input has `input_bits` instead of `bits`.
+    """
+
+    def __init__(self, bits, symmetric, input_bits, input_range, calls_so_far):
+        super().__init__()
+        self.default_bits, self.symmetric, self.input_bits, self.input_range = bits, symmetric, input_bits, input_range
+        self.calls_so_far = calls_so_far
+        self.observing = False
+        self.bits = []  # one a call
+        for name in ("min_val", "max_val", "scale"):
+            self.register_buffer(name, torch.empty(0))
+        self.register_buffer("zero_point", torch.empty(0, dtype=torch.int32))
+
+    def forward(self, x):
+        network_input = not self.calls_so_far
+        call = self.calls_so_far[id(self)]
+        self.calls_so_far[id(self)] += 1
+        if self.observing:
+            self.observe(x.detach(), call, network_input)
+            return x
+        if not self.bits:
+            raise RuntimeError("no activation range: call observe(model), run images through it, then freeze(model)")
+        call %= len(self.bits)
+        quant_min, quant_max = quant_bounds(self.bits[call], self.symmetric)
+        return fake_quantize(x, self.scale[call], self.zero_point[call], quant_min, quant_max)
+
+    def observe(self, x, call, network_input):
+        """Moving average of the batches' minimum and maximum, momentum 0.1, started at the first batch's."""
+        low, high = torch.aminmax(x) if x.numel() else x.new_zeros(2)
+        if network_input and self.input_range is not None:
+            low, high = (x.new_tensor(value) for value in self.input_range)
+        if call == len(self.bits):
+            self.bits.append(self.input_bits if network_input else self.default_bits)
+            self.min_val, self.max_val = torch.cat([self.min_val, low[None]]), torch.cat([self.max_val, high[None]])
+        else:
+            self.min_val[call] += 0.1 * (low - self.min_val[call])
+            self.max_val[call] += 0.1 * (high - self.max_val[call])
+
+    def freeze(self):
+        qparams = [calculate_qparams(low, high, bits, self.symmetric)[:2]
+                   for low, high, bits in zip(self.min_val, self.max_val, self.bits)]
+        if qparams:
+            self.scale, self.zero_point = (torch.stack(values) for values in zip(*qparams))
+        self.observing = False
+
+    # The number of calls is known only once images were observed, so a state dict brings it along.
+    def get_extra_state(self):
+        return {"bits": self.bits}
+
+    def set_extra_state(self, state):
+        self.bits = list(state["bits"])
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name, buffer in self._buffers.items():
+            if prefix + name in state_dict:
+                self._buffers[name] = buffer.new_empty(state_dict[prefix + name].shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self):
+        return f"bits={self.bits or self.default_bits}, symmetric={self.symmetric}, observing={self.observing}"
+
+
+class QuantConv2d(nn.Conv2d):
+    """Conv2d whose weight (per output channel) and input (per tensor) are fake-quantized. Made by quantize_model."""
+
+    def forward(self, x):
+        return self._conv_forward(self.input_quantizer(x), quantized_weight(self), self.bias)
+
+
+class QuantLinear(nn.Linear):
+    """Linear whose weight (per output row) and input (per tensor) are fake-quantized. Made by quantize_model."""
+
+    def forward(self, x):
+        return F.linear(self.input_quantizer(x), quantized_weight(self), self.bias)
+
+
+class FrozenBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d that uses and keeps its running statistics, whatever `train()` says: synthetic images must not
+    replace what the network remembers of its real data. Weight and bias learn."""
+
+    def train(self, mode=True):
+        return super().train(False)
+
+
+def weight_qparams(layer):
+    """(scale, zero_point, quant_min, quant_max) of a layer's weight: from its present minimum and maximum in each
+    output channel, or as stored if the layer was unpacked."""
+    if layer.weight_scale is not None:
+        return layer.weight_scale, layer.weight_zero_point, *quant_bounds(layer.w_bits, layer.symmetric)
+    low, high = torch.aminmax(layer.weight.detach().flatten(1), dim=1)
+    return calculate_qparams(low, high, layer.w_bits, layer.symmetric)
+
+
+def quantized_weight(layer):
+    return fake_quantize(layer.weight, *weight_qparams(layer), axis=0)
+
+
+# ------------------------------------------------------------------------------------------------ whole models
+
+def copy_without_hooks(model):
+    """Deep copy of a model, without the forward and backward hooks that others hung on it."""
+    memo = {id(value): OrderedDict() for module in model.modules()
+            for name, value in vars(module).items() if name.endswith("_hooks") and isinstance(value, dict)}
+    return copy.deepcopy(model, memo)
+
+
+def _start_forward(model, args):
+    model.calls_so_far.clear()
+
+
+def quantize_model(model, w_bits, a_bits, symmetric=False, input_bits=8, input_range=None):
+    """Copy of `model` in which each Conv2d is a QuantConv2d and each Linear a QuantLinear; `model` is not changed.
+
+    w_bits, a_bits: 2 to 8. symmetric: signed codes, zero point 0, for weights and activations. input_bits: bits of the
+    network's own input (images are 8-bit data), that is of the first layer that runs. input_range: (min, max) of that
+    input where it is known, else it is observed like every other. The copy is in evaluation mode, its parameters
+    learn, its batch norm stays in evaluation mode for good, and it has no activation ranges yet: see observe, freeze.
+    Raises ValueError for other bits, TypeError for a layer with a forward of its own.
+    """
+    for bits in (w_bits, a_bits, input_bits):
+        quant_bounds(bits, symmetric)
+    student = copy_without_hooks(model).requires_grad_(True).eval()
+    student.calls_so_far = Counter()
+    for name, module in list(student.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = FrozenBatchNorm2d
+        elif isinstance(module, (nn.Conv2d, nn.Linear)):
+            kind, quantized = (nn.Conv2d, QuantConv2d) if isinstance(module, nn.Conv2d) else (nn.Linear, QuantLinear)
+            if type(module).forward not in (kind.forward, quantized.forward):
+                raise TypeError(f"cannot quantize layer '{name}': {type(module).__name__} has a forward of its own")
+            # The class changes in place, so every place that holds the layer, and every shared weight, stays shared.
+            module.__class__ = quantized
+            module.w_bits, module.symmetric = w_bits, symmetric
+            module.register_buffer("weight_scale", None)
+            module.register_buffer("weight_zero_point", None)
+            module.input_quantizer = InputQuantizer(a_bits, symmetric, input_bits, input_range,
+                                                    student.calls_so_far).to(module.weight.device)
+    student.register_forward_pre_hook(_start_forward)
+    return student
+
+
+def input_quantizers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, InputQuantizer)}
+
+
+def observe(model):
+    """From here on activations pass in float, and their ranges are tracked. Returns the model."""
+    for quantizer in input_quantizers(model).values():
+        quantizer.observing = True
+    return model
+
+
+def freeze(model):
+    """Fix the activation ranges observed so far; from here on activations are quantized. Returns the model."""
+    for quantizer in input_quantizers(model).values():
+        quantizer.freeze()
+    return model
+
+
+# ------------------------------------------------------------------------------------------------ integers on disk
+
+def pack_bits(codes, bits):
+    """(N,) integers 0 .. 2^bits - 1 -> (ceil(N / 8) * bits,) uint8: eight codes in `bits` bytes, lowest bits first."""
+    codes = F.pad(codes.flatten().long(), (0, -codes.numel() % 8)).view(-1, 8)
+    words = sum(codes[:, i] << (bits * i) for i in range(8))
+    return torch.stack([(words >> (8 * i)) & 255 for i in range(bits)], 1).to(torch.uint8).flatten()
+
+
+def unpack_bits(packed, bits, count):
+    """Inverse of pack_bits: (count,) int64."""
+    packed = packed.long().view(-1, bits)
+    words = sum(packed[:, i] << (8 * i) for i in range(bits))
+    return torch.stack([(words >> (bits * i)) & (2 ** bits - 1) for i in range(8)], 1).flatten()[:count]
+
+
+def quant_layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, (QuantConv2d, QuantLinear))}
+
+
+def pack(model):
+    """The quantized model as integers: a dict of tensors, numbers and strings for torch.save (weights_only=True).
+
+    "layers": for each layer its weight's codes (w_bits each, eight codes in w_bits bytes), shape, bits, scale (C,) and
+    zero_point (C,), and its input's bits, scale and zero_point (calls,). "rest": everything else, in float.
+    """
+    layers, packed_tensors = {}, set()
+    with torch.no_grad():
+        for name, layer in quant_layers(model).items():
+            scale, zero_point, quant_min, _ = weight_qparams(layer)
+            shape = [-1] + [1] * (layer.weight.dim() - 1)
+            codes = (quantized_weight(layer) / scale.view(shape)).round().to(torch.int32) + zero_point.view(shape)
+            quantizer = layer.input_quantizer
+            layers[name] = {
+                "codes": pack_bits(codes - quant_min, layer.w_bits).cpu(), "shape": list(layer.weight.shape),
+                "bits": layer.w_bits, "symmetric": layer.symmetric, "scale": scale.cpu().clone(),
+                "zero_point": (zero_point - quant_min).to(torch.uint8).cpu(), "input_bits": list(quantizer.bits),
+                "input_scale": quantizer.scale.cpu().clone(), "input_zero_point": quantizer.zero_point.cpu().clone()}
+            packed_tensors.add(layer.weight.data_ptr())
+    rest = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()
+            if torch.is_tensor(value) and ".input_quantizer." not in "." + key and not
+            key.endswith(("weight_scale", "weight_zero_point")) and not
+            (value.numel() and value.data_ptr() in packed_tensors)}
+    return {"layers": layers, "rest": rest}
+
+
+def unpack(packed, model):
+    """The quantized model again, from what `pack` gave and a float model of the same architecture (left as it is).
+
+    Its outputs equal those of the packed model exactly. Raises ValueError if the architecture is another one.
+    """
+    layers, rest = packed["layers"], packed["rest"]
+    some = next(iter(layers.values()), {"bits": 8, "symmetric": False})
+    student = quantize_model(model, some["bits"], 8, some["symmetric"])
+    found = {name: list(layer.weight.shape) for name, layer in quant_layers(student).items()}
+    if found != {name: layer["shape"] for name, layer in layers.items()}:
+        raise ValueError(f"the packed student is of another architecture: {len(layers)} layers with "
+                         f"{sum(1 for name in layers if layers[name]['shape'] == found.get(name))} in common")
+    incompatible = student.load_state_dict(rest, strict=False)
+    own = {key for key in student.state_dict() if ".input_quantizer." in "." + key}
+    weights = {key for key, _ in student.named_parameters(remove_duplicate=False)} - set(rest)
+    missing = set(incompatible.missing_keys) - own - weights
+    if missing or incompatible.unexpected_keys:
+        raise ValueError(f"the packed student is of another architecture: {len(missing)} missing and "
+                         f"{len(incompatible.unexpected_keys)} unexpected entries")
+    with torch.no_grad():
+        for name, layer in quant_layers(student).items():
+            data, device = layers[name], layer.weight.device
+            layer.w_bits, layer.symmetric, shape = data["bits"], data["symmetric"], [-1] + [1] * (layer.weight.dim() - 1)
+            quant_min, _ = quant_bounds(layer.w_bits, layer.symmetric)
+            codes = unpack_bits(data["codes"], layer.w_bits, layer.weight.numel()).view(data["shape"])
+            zero_point = data["zero_point"].to(torch.int32)
+            layer.weight.copy_((codes - zero_point.view(shape)).float() * data["scale"].view(shape))
+            layer.weight_scale = data["scale"].to(device)
+            layer.weight_zero_point = (zero_point + quant_min).to(device)
+            quantizer = layer.input_quantizer
+            quantizer.bits, quantizer.symmetric = list(data["input_bits"]), layer.symmetric
+            quantizer.scale, quantizer.zero_point = data["input_scale"].to(device), data["input_zero_point"].to(device)
+    return student
