@@ -1,0 +1,942 @@
+# SPDX-License-Identifier: MIT
+"""LRQ"""
+import argparse
+import contextlib
+import csv
+import difflib
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchvision import datasets, models, transforms, utils
+
+from quant import copy_without_hooks, freeze, observe, pack, quantize_model, unpack
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+METHOD = "LRQ"
+
+
+# ------------------------------------------------------------------------------------------------ generator
+
+class LargeKernelAttention(nn.Module):
+    """Attention over a 21 x 21 neighbourhood (VAN, arXiv 2202.09741, sections 3.1 and 3.2): (B, C, H, W) -> the same.
+
+    LKA(u) = u * conv1x1(depthwise 7x7, dilation 3 (depthwise 5x5 (u))), between two 1 x 1 convolutions, as a residual
+    scaled by a learnt factor a channel that starts at 0.01, so that the block starts near the identity.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.project_in = nn.Conv2d(channels, channels, 1)
+        self.local = nn.Conv2d(channels, channels, 5, padding=2, groups=channels)
+        self.long_range = nn.Conv2d(channels, channels, 7, padding=9, dilation=3, groups=channels)
+        self.mix = nn.Conv2d(channels, channels, 1)
+        self.project_out = nn.Conv2d(channels, channels, 1)
+        self.layer_scale = nn.Parameter(torch.full((channels, 1, 1), 1e-2))
+
+    def forward(self, x):
+        u = F.gelu(self.project_in(x))
+        return x + self.layer_scale * self.project_out(u * self.mix(self.long_range(self.local(u))))
+
+
+class ConditionalBatchNorm2d(nn.Module):
+    """Batch norm whose weight and bias are looked up by class: (B, C, H, W), (B,) -> (B, C, H, W)."""
+
+    def __init__(self, channels, num_classes):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.weight, self.bias = nn.Embedding(num_classes, channels), nn.Embedding(num_classes, channels)
+        nn.init.ones_(self.weight.weight)
+        nn.init.zeros_(self.bias.weight)
+
+    def forward(self, x, labels):
+        return self.norm(x) * self.weight(labels)[:, :, None, None] + self.bias(labels)[:, :, None, None]
+
+
+class Generator(nn.Module):
+    """G(z, y): noise (B, latent_dim) and labels (B,) -> images (B, 3, S, S) of zero mean and unit variance.
+
+    GDFQ's generator (arXiv 2003.03603) with large-kernel attention after the convolution of each stage. Up to 100
+    classes an embedding of the label is added to z (GDFQ multiplies: see "Differences" at the top); above, the label
+    enters through conditional batch norm.
+    """
+
+    def __init__(self, image_size, num_classes, channels=3, latent_dim=100, lka=True):
+        super().__init__()
+        self.latent_dim, self.start_size = latent_dim, image_size // 4
+        self.conditional = num_classes > 100
+        if not self.conditional:
+            self.embedding = nn.Embedding(num_classes, latent_dim)
+        norm = (lambda c: ConditionalBatchNorm2d(c, num_classes)) if self.conditional else nn.BatchNorm2d
+        attention = LargeKernelAttention if lka else lambda c: nn.Identity()
+        self.linear = nn.Linear(latent_dim, 128 * self.start_size ** 2)
+        self.norm0 = norm(128)
+        self.conv1, self.lka1, self.norm1 = nn.Conv2d(128, 128, 3, padding=1), attention(128), norm(128)
+        self.conv2, self.lka2, self.norm2 = nn.Conv2d(128, 64, 3, padding=1), attention(64), norm(64)
+        self.conv3, self.norm3 = nn.Conv2d(64, channels, 3, padding=1), nn.BatchNorm2d(channels, affine=False)
+
+    def forward(self, z, labels):
+        def normalise(norm, x):
+            return norm(x, labels) if self.conditional else norm(x)
+
+        if not self.conditional:
+            z = z + self.embedding(labels)
+        x = self.linear(z).view(len(z), 128, self.start_size, self.start_size)          # (B, 128, S/4, S/4)
+        x = F.interpolate(normalise(self.norm0, x), scale_factor=2)                     # (B, 128, S/2, S/2)
+        x = F.leaky_relu(normalise(self.norm1, self.lka1(self.conv1(x))), 0.2)
+        x = F.interpolate(x, scale_factor=2)                                            # (B, 128, S, S)
+        x = F.leaky_relu(normalise(self.norm2, self.lka2(self.conv2(x))), 0.2)          # (B, 64, S, S)
+        return self.norm3(torch.tanh(self.conv3(x)))                                    # (B, 3, S, S)
+
+
+# ------------------------------------------------------------------------------------------------ losses
+
+def batch_norm_loss(inputs, running_means, running_vars):
+    """L_BNS = mean over layers l of MSE(mean(h_l), mu_l) + MSE(var(h_l), var_l)          (GDFQ, arXiv 2003.03603, eq. 4)
+
+    inputs: the h_l, each (B, C_l, H, W); running_means, running_vars: mu_l and var_l, each (C_l,). Mean and biased
+    variance are over batch, height and width; MSE is the mean over channels.
+    """
+    loss = 0
+    for h, mu, var in zip(inputs, running_means, running_vars):
+        batch_var, batch_mean = torch.var_mean(h, (0, 2, 3), unbiased=False)
+        loss = loss + F.mse_loss(batch_mean, mu) + F.mse_loss(batch_var, var)
+    return loss / len(inputs)
+
+
+def ama_logits(features, weight, bias, labels, margin):
+    """Logits with an additive angular margin m on the label's: |f| |W_y| cos(theta_y + m) + b_y; the others as they are.
+
+    features: f, (B, D). weight: W, (K, D). bias: b, (K,) or None. labels: y, (B,). margin: m, radians. Returns (B, K).
+    theta_y is the angle between f and W_y. With r the part of f orthogonal to W_y,
+        |f| |W_y| cos(theta + m) = cos(m) f.W_y - sin(m) |W_y| |r|,
+    whose gradient is finite everywhere and which at m = 0 is the plain logit. Where theta + m leaves [0, pi] it goes on
+    linearly in cos(theta), so that it always falls as theta grows. Source: our reading of LRQ's Adversarial Margin Add
+    (arXiv 2211.06816), after ArcFace (arXiv 1801.07698, equation 3), at the classifier's own scale.
+    """
+    logits = F.linear(features, weight, bias)
+    w_y = weight[labels]                                                                # (B, D)
+    dot, w_norm = (features * w_y).sum(1), w_y.norm(dim=1)                              # (B,)
+    norms = features.norm(dim=1) * w_norm
+    r = features - (dot / w_norm.square())[:, None] * w_y
+    change = (math.cos(margin) - 1) * dot - math.sin(margin) * w_norm * r.norm(dim=1)
+    sign = math.copysign(1, margin)
+    beyond = -sign * dot > math.cos(margin) * norms
+    change = torch.where(beyond, sign * (math.cos(margin) - 1) * norms, change)
+    return logits.scatter_add(1, labels[:, None], change[:, None])
+
+
+def kd_loss(student_logits, teacher_logits, temperature):
+    """KL(P || Q) T^2 of the softened distributions, averaged over the batch: (B, K), (B, K) -> scalar.
+
+    T^2 keeps the gradient's size as T changes (Hinton et al., arXiv 1503.02531, section 2).
+    """
+    log_q = F.log_softmax(student_logits / temperature, 1)
+    log_p = F.log_softmax(teacher_logits / temperature, 1)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature ** 2
+
+
+def dkd_loss(student_logits, teacher_logits, labels, alpha, beta, temperature):
+    """L_DKD = (alpha TCKD + beta NCKD) T^2, averaged over the batch: (B, K), (B, K), (B,) -> scalar.
+
+    TCKD = KL([p_t, 1 - p_t] of P || that of Q), target class against the rest; NCKD = KL of the softmax over the other
+    classes. KL(P || Q) = TCKD + (1 - p_t of P) NCKD. Source: decoupled distillation, arXiv 2203.08679, equations 5, 7.
+    """
+    def split(logits):
+        others = torch.arange(logits.shape[1] - 1, device=logits.device)                # all classes but the label
+        others = others + (others >= labels[:, None])                                   # (B, K - 1)
+        target, others = logits.gather(1, labels[:, None]), logits.gather(1, others)
+        binary = torch.cat([target, others.logsumexp(1, keepdim=True)], 1)
+        return F.log_softmax(binary, 1), F.log_softmax(others, 1)                       # (B, 2), (B, K - 1)
+
+    log_b_q, log_hat_q = split(student_logits / temperature)
+    log_b_p, log_hat_p = split(teacher_logits / temperature)
+    tckd = F.kl_div(log_b_q, log_b_p, reduction="batchmean", log_target=True)
+    nckd = F.kl_div(log_hat_q, log_hat_p, reduction="batchmean", log_target=True)
+    return (alpha * tckd + beta * nckd) * temperature ** 2
+
+
+# ------------------------------------------------------------------------------------------------ batch-norm statistics
+
+def teacher_forward(teacher, classifier, images):
+    """One forward pass of the teacher, seen from inside: (logits, features, batch_norm_inputs).
+
+    logits: (B, K). features: f, the classifier's input, (B, D). batch_norm_inputs: [(layer l, h_l)], h_l the input of
+    BatchNorm2d layer l, (B, C_l, H, W), one for each time that such a layer runs. The hooks are gone afterwards.
+    """
+    features, batch_norm_inputs = [], []
+    layers = [layer for layer in teacher.modules() if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None]
+    hooks = [layer.register_forward_pre_hook(lambda layer, args: batch_norm_inputs.append((layer, args[0])))
+             for layer in layers]
+    hooks.append(classifier.register_forward_pre_hook(lambda layer, args: features.append(args[0])))
+    try:
+        logits = teacher(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    f = features[-1]
+    return logits, f.mean((2, 3)) if f.dim() == 4 else f, batch_norm_inputs
+
+
+# ------------------------------------------------------------------------------------------------ the method
+
+def find_classifier(model, num_classes, name=None):
+    """The layer that gives the logits: the one called `name`, else the last Linear or 1 x 1 Conv2d with K outputs."""
+    if name is not None:
+        layer = dict(model.named_modules()).get(name)
+        if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+            raise BadInput(f"classifier '{name}' is not a Linear or Conv2d layer of the teacher: name one that is")
+        return layer
+    found = [layer for layer in model.modules()
+             if isinstance(layer, nn.Linear) and layer.out_features == num_classes
+             or isinstance(layer, nn.Conv2d) and layer.out_channels == num_classes and layer.kernel_size == (1, 1)]
+    if not found:
+        raise BadInput(f"no layer of the teacher gives {num_classes} classes: check num_classes, or name its classifier")
+    return found[-1]
+
+
+def prepare_teacher(teacher, image_size, num_classes, channels, classifier, device):
+    """A frozen copy of the teacher and its classifier layer, tried on noise. Raises BadInput if it cannot be used."""
+    teacher = copy_without_hooks(teacher).eval().requires_grad_(False)
+    teacher.to(device, memory_format=torch.channels_last)
+    layer = find_classifier(teacher, num_classes, classifier)
+    with torch.no_grad():
+        noise = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
+        logits, features, batch_norm_inputs = teacher_forward(teacher, layer, noise)
+        if not batch_norm_inputs:
+            raise BadInput("the teacher has no batch norm with running statistics, which the method needs")
+        if tuple(logits.shape) != (2, num_classes):
+            raise BadInput(f"the teacher gives outputs of shape {tuple(logits.shape)} for two images, not (2, {num_classes}): "
+                           "check num_classes")
+        if not logits.isfinite().all():
+            raise BadInput("the teacher gives NaN or infinite outputs for images of plain noise: check its weights")
+        again = F.linear(features, layer.weight.flatten(1), layer.bias)
+        if again.shape != logits.shape or not torch.allclose(again, logits, rtol=1e-3, atol=1e-3 * logits.abs().max()):
+            raise BadInput("the teacher's outputs are not those of the layer taken for its classifier: name the right one")
+    return teacher, layer
+
+
+def draw(batch_size, num_classes, generator, device):
+    """z ~ N(0, 1), (B, latent_dim), and y uniform over the classes, (B,)."""
+    return (torch.randn(batch_size, generator.latent_dim, device=device),
+            torch.randint(num_classes, (batch_size,), device=device))
+
+
+@torch.no_grad()
+def agreement(student, teacher, generator, num_classes, count, device):
+    """On `count` fresh synthetic images, in percent: how often the student's first choice is the teacher's, and how
+    often the teacher's is the label that the image was drawn for."""
+    agree = recognised = 0
+    random = torch.Generator().manual_seed(1)
+    labels = torch.randint(num_classes, (count,), generator=random)
+    noise = torch.randn(count, generator.latent_dim, generator=random)
+    generator.eval()
+    for z, y in zip(noise.split(50), labels.split(50)):
+        images = generator(z.to(device), y.to(device))
+        choice = teacher(images).argmax(1)
+        agree += (student(images).argmax(1) == choice).sum()
+        recognised += (choice == y.to(device)).sum()
+    generator.train()
+    return 100 * agree.item() / count, 100 * recognised.item() / count
+
+
+def check_options(*, image_size, w_bits, a_bits, iterations, batch_size, margin, kd, temperature, alpha, beta, bns_weight,
+                  generator_lr, student_lr, warmup, **rest):
+    """Raise BadInput for a setting that cannot be used."""
+    for ok, message in (
+            (w_bits in range(2, 9) and a_bits in range(2, 9), f"bits {w_bits} and {a_bits}: choose 2 to 8"),
+            (image_size >= 8 and image_size % 4 == 0, f"image size {image_size}: choose a multiple of 4, 8 or more"),
+            (iterations >= 1, f"iterations {iterations}: choose 1 or more"),
+            (batch_size >= 2, f"batch size {batch_size}: choose 2 or more, the least that has statistics"),
+            (abs(margin) < math.pi, f"margin {margin}: choose a number of radians between -pi and pi"),
+            (kd in ("kl", "dkd"), f"kd {kd}: choose kl or dkd"),
+            (0 <= warmup < 1, f"warmup {warmup}: choose a share of the iterations, at least 0 and below 1"),
+            (0 < temperature < math.inf, f"temperature {temperature}: choose a number above 0")):
+        if not ok:
+            raise BadInput(message)
+    for name, value in (("alpha", alpha), ("beta", beta), ("bns-weight", bns_weight), ("generator-lr", generator_lr),
+                        ("student-lr", student_lr)):
+        if not 0 <= value < math.inf:
+            raise BadInput(f"{name} {value}: choose a finite number, 0 or more")
+
+
+def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, iterations, batch_size, seed=0,
+             device="auto", evaluate=None, out=None, symmetric=False, classifier=None, lka=True, margin=0.0, kd="dkd",
+             temperature=4.0, alpha=1.0, beta=1.0, bns_weight=1.0, generator_lr=1e-3, student_lr=3e-4, warmup=0.15,
+             resume=False, checkpoint_every=60, about=None):
+    """Quantize a trained classifier without its data. Returns (student, result).
+
+    teacher: any nn.Module, (B, C, S, S) -> (B, num_classes), with BatchNorm2d; it is left as it is. image_size: S, a
+    multiple of 4. w_bits, a_bits: 2 to 8. mean, std: the teacher's normalisation, one number a channel, for pixels in
+    [0, 1]. evaluate: a function of a model that returns its top-1 in percent, or None. out: a folder for result.json,
+    student.pt, checkpoint.pt, samples.png and log.csv, or None. classifier: the name of the teacher's last layer, found
+    by itself if None. resume: go on from the checkpoint in `out`. about: further settings to record in the files.
+    The rest are the flags of the same names (`python lrq.py --help`). The student is in evaluation mode, ready to use
+    or to train on; `quant.pack` gives its integers. The result is the dict that result.json holds.
+    Raises BadInput, a ValueError, for settings or a teacher that cannot be used, before any long work.
+    """
+    options = dict(image_size=image_size, num_classes=num_classes, w_bits=w_bits, a_bits=a_bits, symmetric=symmetric,
+                   iterations=iterations, batch_size=batch_size, seed=seed, lka=lka, margin=margin, kd=kd,
+                   temperature=temperature, alpha=alpha, beta=beta, bns_weight=bns_weight, generator_lr=generator_lr,
+                   student_lr=student_lr, warmup=warmup)
+    check_options(**options)
+    settings = {**(about or {}), "method": METHOD, **options}
+    device = choose_device(device)
+    teacher, layer = prepare_teacher(teacher, image_size, num_classes, len(mean), classifier, device)
+    weight, bias = layer.weight.flatten(1), layer.bias                                  # W, (K, D); b, (K,)
+    settings["teacher"] = fingerprint(teacher)
+    if resume or out is not None:
+        out = Path(out)
+        check_folder(out, resume)
+    torch.manual_seed(seed)
+    generator = Generator(image_size, num_classes, len(mean), lka=lka).to(device, memory_format=torch.channels_last)
+    # Pixels lie in [0, 1], so the range of the network's input is known without data.
+    pixel_range = min(-m / s for m, s in zip(mean, std)), max((1 - m) / s for m, s in zip(mean, std))
+    student = quantize_model(teacher, w_bits, a_bits, symmetric, input_range=pixel_range)
+    generator_optimizer = torch.optim.Adam(generator.parameters(), generator_lr, betas=(0.5, 0.999))
+    student_optimizer = torch.optim.SGD(student.parameters(), student_lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    parts = {"generator": generator, "student": student, "generator_optimizer": generator_optimizer,
+             "student_optimizer": student_optimizer}
+    first, seconds, figures, rows = 0, 0.0, {}, []
+    if resume:
+        state = load_checkpoint(out, settings, device)
+        first, seconds, figures, rows = (state[key] for key in ("step", "seconds", "figures", "rows"))
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    else:
+        if out is not None:
+            set_aside(out)
+        if evaluate is not None:
+            figures["fp_top1"] = evaluate(teacher)
+    print("  ".join(f"{key}={value}" for key, value in settings.items()) + f"  device={device}", flush=True)
+
+    def save(step):
+        if out is not None:
+            save_checkpoint(out, {"settings": settings, "step": step, "seconds": seconds + time.monotonic() - start,
+                                  "figures": figures, "rows": rows,
+                                  **{name: part.state_dict() for name, part in parts.items()}})
+            save_csv(out / "log.csv", rows)
+            save_samples(out / "samples.png", generator, num_classes, mean, std, device)
+
+    start = saved = time.monotonic()
+    warm_iterations, log_every = int(iterations * warmup), max(1, iterations // 200)
+    fresh = min(1000, iterations * batch_size)  # synthetic images for the agreement: fewer in a run of a few iterations
+    progress = Progress(METHOD, iterations, first)
+    with stop_requests() as requests:
+        for step in range(first, iterations):
+            # 1. Draw noise and labels, and images from them.
+            z, labels = draw(batch_size, num_classes, generator, device)
+            images = generator(z, labels)                                               # (B, C, S, S)
+
+            # 2. Generator step: L_G = L_AMA + a L_BNS, through the frozen teacher.
+            teacher_logits, features, batch_norm_inputs = teacher_forward(teacher, layer, images)
+            loss_ama = F.cross_entropy(ama_logits(features, weight, bias, labels, margin), labels)
+            loss_bns = batch_norm_loss([h for _, h in batch_norm_inputs], [l.running_mean for l, _ in batch_norm_inputs],
+                                       [l.running_var for l, _ in batch_norm_inputs])
+            generator_optimizer.zero_grad()
+            (loss_ama + bns_weight * loss_bns).backward()
+            generator_optimizer.step()
+            losses = {"L_AMA": loss_ama.detach(), "L_BNS": loss_bns.detach()}
+
+            # 3. After the generator's warm-up, once: activation ranges from its images; plain quantization is measured.
+            if step == warm_iterations:
+                observe(student)
+                with torch.no_grad():
+                    for _ in range(min(20, iterations)):
+                        student(generator(*draw(batch_size, num_classes, generator, device)))
+                freeze(student)
+                figures["ptq_agreement"], _ = agreement(student, teacher, generator, num_classes, fresh, device)
+                if evaluate is not None:
+                    figures["ptq_top1"] = evaluate(student)
+
+            # 4. Student step on the same images: L_Q = CE(Q(x), y) + L_DKD; its learning rate falls as a cosine to zero.
+            if step >= warm_iterations:
+                done = (step - warm_iterations) / (iterations - warm_iterations)
+                student_optimizer.param_groups[0]["lr"] = student_lr * 0.5 * (1 + math.cos(math.pi * done))
+                logits, teacher_logits = student(images.detach()), teacher_logits.detach()
+                loss_ce = F.cross_entropy(logits, labels)
+                loss_kd = (dkd_loss(logits, teacher_logits, labels, alpha, beta, temperature) if kd == "dkd"
+                           else kd_loss(logits, teacher_logits, temperature))
+                student_optimizer.zero_grad()
+                (loss_ce + loss_kd).backward()
+                student_optimizer.step()
+                losses.update({"L_CE": loss_ce.detach(), f"L_{kd.upper()}": loss_kd.detach()})
+
+            # 5. Report and save.
+            progress(step + 1, losses)
+            if (step + 1) % log_every == 0 or step + 1 == iterations:
+                row = {"step": step + 1, "L_AMA": "", "L_BNS": "", "L_CE": "", f"L_{kd.upper()}": ""}
+                rows.append({**row, **{key: float(value) for key, value in losses.items()}})
+            if requests or step + 1 == iterations or time.monotonic() - saved > checkpoint_every:
+                save(step + 1)
+                saved = time.monotonic()
+            if requests:
+                where = f"saved in {out}, --resume goes on from there" if out is not None else "nothing saved without `out`"
+                raise KeyboardInterrupt(f"stopped after iteration {step + 1} of {iterations}; {where}")
+    seconds += time.monotonic() - start
+
+    # 6. Evaluate, and write what a user takes away.
+    figures["q_agreement"], figures["recognised"] = agreement(student, teacher, generator, num_classes, fresh, device)
+    if evaluate is not None:
+        figures["q_top1"] = evaluate(student)
+    student.to(memory_format=torch.contiguous_format)
+    packed, sizes = {**pack(student), "settings": settings}, []
+    for content in (teacher.state_dict(), packed):
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        sizes.append(buffer.getbuffer().nbytes / 1e6)
+    result = {**settings, **figures, "seconds": round(seconds, 1), "iterations_per_s": round(iterations / seconds, 3),
+              "peak_memory_mb": peak_memory_mb(device), "fp_mb": round(sizes[0], 3), "q_mb": round(sizes[1], 3),
+              "device": str(device), "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else
+              f"CPU, {torch.get_num_threads()} threads", "torch": torch.__version__, "numpy": np.__version__}
+    if out is not None:
+        with atomically(out / "student.pt") as path:
+            torch.save(packed, path)
+        with atomically(out / "result.json") as path:
+            path.write_text(json.dumps(result, indent=2) + "\n")
+    print(summary(result, METHOD))
+    return student, result
+
+
+# ================================================================================================ shared plumbing: begin
+# Repeated byte for byte in lrq.py and clusterq.py (a test compares them): teachers, data, files, progress, common flags.
+
+class BadInput(ValueError):
+    """Something that the user gave cannot be used; the message is one line that says what and what to do."""
+
+
+# name: (mean, std, image size, classes, default iterations, default batch size)
+DATASETS = {
+    "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 24, 10, 400, 64),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), 32, 10, 1000, 64),
+    "cifar100": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), 32, 100, 1000, 64),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224, 1000, 80000, 16)}
+CIFAR_WEIGHTS = {dataset: f"https://github.com/chenyaofo/pytorch-cifar-models/releases/download/resnet/{dataset}_{name}.pt"
+                 for dataset, name in (("cifar10", "resnet20-4118986f"), ("cifar100", "resnet20-23dac2f1"))}
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, in_channels, channels, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample = None
+        if stride != 1 or in_channels != channels:
+            self.downsample = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False),
+                                            nn.BatchNorm2d(channels))
+
+    def forward(self, x):
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + shortcut)
+
+
+class CifarResNet(nn.Module):
+    """ResNet for 32 x 32 images (arXiv 1512.03385, section 4.2), parameters named as in chenyaofo/pytorch-cifar-models.
+    Three stages of `blocks` blocks: 3 is ResNet-20, 1 is the ResNet-8 of the demonstration."""
+
+    def __init__(self, blocks, num_classes):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        stage = lambda i, o, stride: nn.Sequential(*[BasicBlock(o if b else i, o, 1 if b else stride) for b in range(blocks)])
+        self.layer1, self.layer2, self.layer3 = stage(16, 16, 1), stage(16, 32, 2), stage(32, 64, 2)
+        self.fc = nn.Linear(64, num_classes)
+
+    def forward(self, x):
+        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        return self.fc(x.mean((2, 3)))
+
+
+def draw_shapes(count, seed):
+    """Ten classes of pictures, random in colour, place, size, angle and noise: (count, 3, 24, 24) in [0, 1], (count,)."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(10, size=count)
+    def uniform(low, high, *shape):
+        return rng.uniform(low, high, (count, *shape)).astype(np.float32)
+    grid = np.linspace(-1, 1, 24, dtype=np.float32)
+    size, angle = uniform(0.5, 0.9, 1, 1), uniform(0, 2 * np.pi, 1, 1)
+    x, y = grid[None, None, :] - uniform(-0.3, 0.3, 1, 1), grid[None, :, None] - uniform(-0.3, 0.3, 1, 1)
+    u, v = (np.cos(angle) * x + np.sin(angle) * y) / size, (np.cos(angle) * y - np.sin(angle) * x) / size
+    a, b, radius, phi = np.abs(u), np.abs(v), np.hypot(u, v), np.arctan2(v, u)
+    distance = np.choose(labels[:, None, None], [          # below zero inside, above zero outside
+        radius - 0.8,                                                               # disc
+        np.abs(radius - 0.7) - 0.17,                                                # ring
+        np.maximum(a, b) - 0.75,                                                    # square
+        np.abs(np.maximum(a, b) - 0.65) - 0.17,                                     # frame
+        np.maximum(-v, np.maximum(0.866 * u, -0.866 * u) + 0.5 * v) - 0.5,          # triangle
+        radius - 0.65 - 0.3 * np.cos(5 * phi),                                      # star
+        np.maximum(np.minimum(a, b) - 0.25, np.maximum(a, b) - 0.9),                # cross
+        np.cos(9 * u) / 6,                                                          # stripes
+        np.cos(6 * u) * np.cos(6 * v) / 4,                                          # checkerboard
+        0.22 - np.hypot(np.mod(u, 0.7) - 0.35, np.mod(v, 0.7) - 0.35)])             # dots
+    inside = np.clip(0.5 - 9 * size * distance, 0, 1)[:, None]
+    background, contrast = uniform(0.2, 0.8, 3, 1, 1), uniform(0.2, 0.5, 3, 1, 1)
+    contrast *= np.sign(uniform(-1, 1, 3, 1, 1))
+    images = background + inside * contrast + 0.1 * rng.standard_normal((count, 3, 24, 24), np.float32)
+    return torch.from_numpy(images.clip(0, 1)), torch.from_numpy(labels)
+
+
+def shapes_teacher():
+    """The demonstration's teacher: a ResNet-8 trained on 8,000 drawn pictures from a fixed seed, cached by torch.hub."""
+    cache = Path(torch.hub.get_dir()) / "checkpoints" / "zsq_shapes_resnet8_v1.pt"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = CifarResNet(1, 10).to(memory_format=torch.channels_last)
+        try:
+            model.load_state_dict(torch.load(cache, weights_only=True))
+            return model.eval()
+        except Exception:  # not there, or not whole: train it
+            pass
+        mean, std, *_ = DATASETS["shapes"]
+        images, labels = draw_shapes(8000, seed=0)
+        images = ((images - mean[0]) / std[0]).contiguous(memory_format=torch.channels_last)
+        epochs, batch_size = 8, 100
+        steps = epochs * len(images) // batch_size
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=steps)
+        progress = Progress("teacher", steps)
+        for step in range(steps):
+            if step % (len(images) // batch_size) == 0:
+                order = torch.randperm(len(images))
+            batch = order[step * batch_size % len(images):][:batch_size]
+            loss = F.cross_entropy(model(images[batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            progress(step + 1, {"L_CE": loss.detach()})
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with atomically(cache) as path:
+            torch.save(model.state_dict(), path)
+    except OSError:  # a read-only home: train again next time
+        pass
+    return model.eval()
+
+
+def build_teacher(arch, dataset):
+    """The untrained network: (model, image size, mean, std, preprocessing of its test images, published weights)."""
+    mean, std, size, num_classes, *_ = DATASETS[dataset]
+    resize, crop, published = (256, 224, None) if size == 224 else (size, size, None)
+    if arch in ("shapes", "resnet20"):
+        model = CifarResNet(1 if arch == "shapes" else 3, num_classes)
+    else:
+        with warnings.catch_warnings():  # of slow initial weights, which are not kept
+            warnings.simplefilter("ignore")
+            model = models.get_model(arch, weights=None, num_classes=num_classes)
+        if dataset == "imagenet":
+            choices = models.get_model_weights(arch)
+            published = getattr(choices, "IMAGENET1K_V1", choices.DEFAULT)
+            how = published.transforms()
+            mean, std, resize, crop = tuple(how.mean), tuple(how.std), how.resize_size[0], how.crop_size[0]
+    if not any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
+        raise BadInput(f"--arch {arch} has no batch norm, whose statistics the method needs: choose one that has")
+    preprocess = transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(crop), transforms.ToTensor(),
+                                     transforms.Normalize(mean, std)])
+    return model.eval(), -(-crop // 4) * 4, mean, std, preprocess, published
+
+
+def load_teacher(args, model, published):
+    """The network of build_teacher with its trained weights: those of --weights, or the published ones."""
+    if args.weights:
+        load_weights(model, args.weights, args.arch, args.dataset)
+    elif args.arch == "shapes":
+        model = shapes_teacher()
+    elif not published and args.arch != "resnet20":
+        raise BadInput(f"no weights are published for --arch {args.arch} on {args.dataset}: give --weights FILE")
+    else:
+        try:
+            model.load_state_dict(published.get_state_dict(progress=True, check_hash=True) if published else
+                                  torch.hub.load_state_dict_from_url(CIFAR_WEIGHTS[args.dataset]))
+        except (OSError, RuntimeError) as error:
+            raise BadInput(f"the weights of {args.arch} could not be fetched ({first_line(error)}): "
+                           "--weights FILE takes a state dict that you have") from error
+    return model
+
+
+def load_weights(model, file, arch, dataset):
+    """Load a state dict (plain or under `state_dict` or `model`, with or without `module.`) into the model."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise BadInput(f"--weights {file}: {error.strerror or first_line(error)}: name a file that exists") from error
+    except Exception as error:
+        raise BadInput(f"--weights {file} is not a file of tensors that torch.load reads: "
+                       "save one with torch.save(model.state_dict(), FILE)") from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
+        raise BadInput(f"--weights {file} holds no state dict: save one with torch.save(model.state_dict(), FILE)")
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    own = {key: value.shape for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+    given = {key: value.shape for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    missing, unexpected = [key for key in own if key not in given], [key for key in given if key not in own]
+    other = [key for key in own if key in given and given[key] != own[key]]
+    if other and not missing and not unexpected and all(own[key][1:] == given[key][1:] for key in other):
+        raise BadInput(f"--weights {file} is for {given[other[0]][0]} classes, --dataset {dataset} has {own[other[0]][0]}: "
+                       "choose the --dataset or the --weights that fits")
+    if missing or unexpected or other:
+        what = ", ".join(f"{len(keys)} {name} (first {keys[0]})" for name, keys in
+                         (("keys missing", missing), ("unexpected", unexpected), ("of another shape", other)) if keys)
+        raise BadInput(f"--weights {file} does not fit --arch {arch}: {what}")
+    model.load_state_dict(state, strict=False)
+
+
+def decode(path):
+    try:
+        return datasets.folder.default_loader(path)
+    except Exception as error:
+        raise BadInput(f"--data: {path} is not an image that can be decoded: remove or replace it") from error
+
+
+def load_images(args, preprocess):
+    """Labelled test images in batches: drawn ones for `shapes`, else those of --data, or None without it."""
+    mean, std, size, num_classes, *_ = DATASETS[args.dataset]
+    if args.dataset == "shapes" and not args.data:
+        images, labels = draw_shapes(2000, seed=1)
+        return torch.utils.data.DataLoader(list(zip((images - mean[0]) / std[0], labels)), 250)
+    if not args.data:
+        return None
+    root = Path(args.data)
+    if not root.is_dir():
+        raise BadInput(f"--data {root} is not a folder: name one with a folder of images for each class")
+    if (root / "cifar-10-batches-py").is_dir() and args.dataset == "cifar10":
+        dataset = datasets.CIFAR10(root, train=False, transform=preprocess)
+    elif (root / "cifar-100-python").is_dir() and args.dataset == "cifar100":
+        dataset = datasets.CIFAR100(root, train=False, transform=preprocess)
+    else:
+        folder = next((root / name for name in ("val", "test") if (root / name).is_dir()), root)
+        try:
+            dataset = datasets.ImageFolder(folder, preprocess, loader=decode)
+        except FileNotFoundError as error:
+            raise BadInput(f"--data {folder} has no images: it takes a folder of images for each class "
+                           f"({first_line(error)})") from error
+        if len(dataset.classes) != num_classes:
+            raise BadInput(f"--data {folder} has {len(dataset.classes)} classes, --dataset {args.dataset} has "
+                           f"{num_classes}: choose the folder or the --dataset that fits")
+    workers = 0 if size < 224 else min(os.cpu_count() or 1, 16)
+    return torch.utils.data.DataLoader(dataset, 250 if size < 224 else 50, num_workers=workers,
+                                       pin_memory=torch.cuda.is_available())
+
+
+@torch.no_grad()
+def top1(model, batches, device):
+    """Share of the images whose label is the model's first choice, in percent."""
+    correct, count = torch.zeros((), dtype=torch.long, device=device), 0
+    try:
+        for images, labels in batches:
+            prediction = model(images.to(device, non_blocking=True)).argmax(1)
+            correct += (prediction == labels.to(device, non_blocking=True)).sum()
+            count += len(labels)
+    except BadInput as error:
+        raise BadInput(str(error).strip().split("BadInput: ")[-1]) from None  # without a loader worker's traceback
+    return 100 * correct.item() / count
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def choose_device(name):
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {name} cannot be used here ({first_line(error)}): try --device cpu") from error
+    return torch.device(name)
+
+
+@contextlib.contextmanager
+def atomically(path):
+    """Write to a temporary file beside `path`, which takes the place of `path` once it is whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    yield temporary
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def stop_requests():
+    """A list that Ctrl-C or a termination signal fills, for a loop to stop between two iterations; again stops at once."""
+    requests = []
+    def handler(number, frame):
+        if requests:
+            raise KeyboardInterrupt
+        requests.append(number)
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may catch signals
+        yield requests
+        return
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requests
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def check_folder(out, resume):
+    """Raise BadInput unless the folder can be written and, to resume, holds a checkpoint."""
+    if resume and not (Path(out) / "checkpoint.pt").is_file():
+        raise BadInput(f"--resume: there is no checkpoint.pt in {out}: leave --resume out, or name its folder with --out")
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise BadInput(f"--out {out} is not a folder that can be written ({error.strerror}): name another") from error
+
+
+def set_aside(out):
+    """Move the files of an earlier run in this folder into a folder of their own: nothing computed is ever lost."""
+    earlier = [out / name for name in ("checkpoint.pt", "result.json", "student.pt", "samples.png", "log.csv")
+               if (out / name).exists()]
+    if earlier:
+        aside = next(path for path in (out / f"earlier-{n}" for n in itertools.count(1)) if not path.exists())
+        aside.mkdir()
+        for path in earlier:
+            os.replace(path, aside / path.name)
+        print(f"the earlier run in {out} is now in {aside}")
+
+
+def save_checkpoint(out, state):
+    state = {**state, "rng": torch.get_rng_state(),
+             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    with atomically(out / "checkpoint.pt") as path:
+        torch.save(state, path)
+
+
+def load_checkpoint(out, settings, device):
+    """The state that save_checkpoint wrote, random state restored. Raises BadInput if it was made with other settings."""
+    try:
+        state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+        made_with = state["settings"]
+    except Exception as error:
+        raise BadInput(f"--resume: {out / 'checkpoint.pt'} cannot be read ({first_line(error)}): start without --resume"
+                       ) from error
+    for key, value in settings.items():
+        if made_with.get(key) != value:
+            raise BadInput(f"--resume: the checkpoint in {out} was made with {key} = {made_with.get(key)}, now it is "
+                           f"{value}: use the same settings, or another --out")
+    torch.set_rng_state(state["rng"])
+    if device.type == "cuda" and state["cuda_rng"]:
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    return state
+
+
+def fingerprint(model):
+    """A hash of all parameters and buffers: whether two models are the same, bit for bit."""
+    digest = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        digest.update(key.encode())
+        if torch.is_tensor(value):
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_csv(path, rows):
+    with atomically(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[-1]) if rows else ["step"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@torch.no_grad()
+def save_samples(path, generator, num_classes, mean, std, device):
+    """A grid of generated images, from the same noise each time: one row a class, ten classes at the most."""
+    rows, columns = min(num_classes, 10), 8 if generator.start_size <= 16 else 4
+    labels = (torch.arange(rows) * num_classes // rows).repeat_interleave(columns).to(device)
+    z = torch.randn(len(labels), generator.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
+    images = generator.eval()(z, labels).float().cpu()
+    generator.train()
+    pixels = images * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    with atomically(path) as temporary:
+        utils.save_image(pixels.clamp(0, 1), temporary, nrow=columns, format="png")
+
+
+def peak_memory_mb(device):
+    """Largest memory in use so far, in MB: the GPU's, or the process's own (None where the system does not say)."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e6)
+    if resource is None:
+        return None
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3))
+
+
+class Progress:
+    """One line that says how far a loop is: refreshed in a terminal, a plain line every ten seconds in a log."""
+
+    def __init__(self, name, total, first=0):
+        self.name, self.total, self.terminal = name, total, sys.stdout.isatty()
+        self.last_step, self.last_time, self.rate = first, time.monotonic(), None
+
+    def __call__(self, step, losses):
+        """step: iterations done. losses: name -> scalar tensor, read (and waited for) only when a line is printed."""
+        now = time.monotonic()
+        if now - self.last_time < (0.5 if self.terminal else 10) and step < self.total:
+            return
+        rate = (step - self.last_step) / max(now - self.last_time, 1e-9)
+        self.rate = rate if self.rate is None else 0.7 * self.rate + 0.3 * rate
+        self.last_step, self.last_time = step, now
+        left = round((self.total - step) / max(self.rate, 1e-9))
+        line = f"{self.name} {step}/{self.total}  " + "  ".join(f"{key} {float(value):.4f}" for key, value in losses.items())
+        line += f"  {self.rate:.2f} it/s  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        end = "" if self.terminal and step < self.total else "\n"
+        print(("\r\x1b[K" if self.terminal else "") + line, end=end, flush=True)
+
+
+def summary(result, method):
+    """The last line, for people."""
+    w, a = result["w_bits"], result["a_bits"]
+    what = f"plain {w}-bit" if w == a else f"plain W{w}A{a}"
+    ratio = f"{result['fp_mb'] / result['q_mb']:.1f}x smaller"
+    if "q_top1" in result:
+        return (f"full precision {result['fp_top1']:.1f} %  {what} {result['ptq_top1']:.1f} %  "
+                f"{method} {result['q_top1']:.1f} %  {ratio}")
+    return (f"agreement with the teacher on synthetic images: {what} {result['ptq_agreement']:.1f} %  "
+            f"{method} {result['q_agreement']:.1f} %  {ratio}")
+
+
+def evaluate_student(args):
+    """--evaluate: measure a packed student again on test images; nothing is trained."""
+    try:
+        packed = torch.load(args.evaluate, map_location="cpu", weights_only=True)
+        args.arch, args.dataset = packed["settings"]["arch"], packed["settings"]["dataset"]
+    except OSError as error:
+        raise BadInput(f"--evaluate {args.evaluate}: {error.strerror or first_line(error)}: name a student.pt") from error
+    except Exception as error:
+        raise BadInput(f"--evaluate {args.evaluate} is not a student.pt written by this command") from error
+    if not args.data and args.dataset != "shapes":
+        raise BadInput("--evaluate needs --data FOLDER, the labelled images to measure on")
+    model, _, _, _, preprocess, _ = build_teacher(args.arch, args.dataset)
+    device = choose_device(args.device)
+    student = unpack(packed, model).to(device)
+    print(f"{args.evaluate}: top-1 {top1(student, load_images(args, preprocess), device):.2f} %")
+
+
+def common_flags(parser):
+    add = parser.add_argument_group("network and data").add_argument
+    add("--arch", default="shapes", metavar="NAME", help="shapes: the offline demonstration, a ResNet-8 on drawn pictures "
+        "(the default); resnet20: for CIFAR; or any torchvision classifier with batch norm, such as resnet18")
+    add("--dataset", choices=DATASETS, help="what the network was trained on, which fixes image size, classes and "
+        "normalisation (default: that of the arch: shapes, cifar10 for resnet20, else imagenet)")
+    add("--weights", metavar="FILE", help="state dict of the full-precision network (default: torchvision's "
+        "IMAGENET1K_V1, or those of chenyaofo/pytorch-cifar-models for resnet20, downloaded once)")
+    add("--data", metavar="FOLDER", help="labelled test images, to measure top-1 with, never to train: a folder for each "
+        "class, directly or in val/ or test/, or torchvision's CIFAR folder (default: none, and only the agreement of "
+        "student and teacher on synthetic images is reported)")
+    add = parser.add_argument_group("quantization").add_argument
+    add("--w", type=int, metavar="BITS", help="bits of the weights, 2 to 8 (default: 4; 3 for shapes)")
+    add("--a", type=int, metavar="BITS", help="bits of the activations, 2 to 8 (default: 4; 3 for shapes); the "
+        "network's own input always has 8")
+    add("--symmetric", action="store_true", help="signed codes with zero point 0 (default: asymmetric)")
+    add = parser.add_argument_group("run").add_argument
+    add("--iterations", type=int, metavar="N", help="iterations, the generator's warm-up included (default: 80000 for "
+        "imagenet, GDFQ's 400 epochs of 200; 1000 for CIFAR, a CPU user's budget; 400 for shapes)")
+    add("--batch-size", type=int, metavar="N", help="synthetic images in an iteration (default: 16 for imagenet as in "
+        "GDFQ, else 64)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of all random numbers (default: 0)")
+    add("--device", default="auto", help="cuda, cuda:1, cpu, ... (default: cuda if there is one, else cpu)")
+    add("--out", metavar="FOLDER", help="where result.json, student.pt, checkpoint.pt, samples.png and log.csv go "
+        "(default: a folder in out/ named after the settings); an earlier run there is moved aside, not lost")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out, exactly")
+    add("--checkpoint-every", type=float, default=60, metavar="SECONDS", help="(default: 60); Ctrl-C saves one too")
+    add("--evaluate", metavar="STUDENT.pt", help="train nothing: measure this packed student on --data")
+
+
+def parse(parser, method, argv):
+    """The settings, defaults filled in. Raises BadInput for what can be seen to be wrong without any work."""
+    def error(message):
+        raise BadInput(f"{message} (--help explains the flags)")
+    parser.error = error
+    args = parser.parse_args(argv)
+    if args.evaluate:
+        return args
+    names = ["shapes", "resnet20"] + models.list_models(module=models)
+    if args.arch not in names:
+        near = difflib.get_close_matches(args.arch, names, 3, 0.3)
+        raise BadInput(f"--arch {args.arch} is not known: did you mean {' or '.join(near) or 'resnet18'}?")
+    args.dataset = args.dataset or {"shapes": "shapes", "resnet20": "cifar10"}.get(args.arch, "imagenet")
+    if (args.arch == "shapes") != (args.dataset == "shapes"):
+        raise BadInput("--arch shapes and --dataset shapes go together: change one of them")
+    *_, iterations, batch_size = DATASETS[args.dataset]
+    low = 3 if args.arch == "shapes" else 4
+    for name, default in (("w", low), ("a", low), ("iterations", iterations), ("batch_size", batch_size)):
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    for name in ("w", "a"):
+        if not 2 <= getattr(args, name) <= 8:
+            raise BadInput(f"--{name} {getattr(args, name)}: choose 2 to 8 bits")
+    args.out = args.out or os.path.join("out", f"{method}-{args.arch}-w{args.w}a{args.a}-seed{args.seed}")
+    check_folder(args.out, args.resume)
+    return args
+
+
+def run(main):
+    """Call main; what the user can mend is one line on stderr and exit code 2, without a traceback."""
+    try:
+        main()
+    except BadInput as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        print(f"\n{Path(sys.argv[0]).name}: {error or 'interrupted'}", file=sys.stderr)
+        sys.exit(130)
+# ================================================================================================ shared plumbing: end
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common_flags(parser)
+    add = parser.add_argument_group("method: with --no-lka --margin 0 --kd kl it is GDFQ, the baseline").add_argument
+    add("--no-lka", action="store_true", help="generator without large-kernel attention")
+    add("--margin", type=float, default=0.0, metavar="RADIANS", help="AMA's angular margin on the label's logit "
+        "(default: 0.0)")
+    add("--kd", choices=("dkd", "kl"), default="dkd", help="distillation: decoupled (default) or plain KL divergence")
+    add("--temperature", type=float, default=4.0, metavar="T", help="temperature of the distillation (default: 4, as in "
+        "the decoupled distillation paper)")
+    add("--alpha", type=float, default=1.0, help="weight of TCKD (default: 1)")
+    add("--beta", type=float, default=1.0, help="weight of NCKD (default: 1)")
+    add("--bns-weight", type=float, default=1.0, help="weight of L_BNS (default: 1; GDFQ has 0.1)")
+    add("--generator-lr", type=float, default=1e-3, metavar="RATE", help="of Adam (default: 0.001, GDFQ)")
+    add("--student-lr", type=float, default=3e-4, metavar="RATE", help="of SGD, falling as a cosine to zero (default: 0.0003)")
+    add("--warmup", type=float, default=0.15, metavar="SHARE", help="share of the iterations in which the generator "
+        "learns alone (default: 0.15; GDFQ has 4 of 400 epochs)")
+    args = parse(parser, "lrq", argv)
+    if args.evaluate:
+        return evaluate_student(args)
+    model, image_size, mean, std, preprocess, published = build_teacher(args.arch, args.dataset)
+    options = dict(image_size=image_size, num_classes=DATASETS[args.dataset][3], w_bits=args.w, a_bits=args.a,
+                   symmetric=args.symmetric, iterations=args.iterations, batch_size=args.batch_size, seed=args.seed,
+                   lka=not args.no_lka, margin=args.margin, kd=args.kd, temperature=args.temperature, alpha=args.alpha,
+                   beta=args.beta, bns_weight=args.bns_weight, generator_lr=args.generator_lr, student_lr=args.student_lr,
+                   warmup=args.warmup)
+    check_options(**options)
+    device, images = choose_device(args.device), load_images(args, preprocess)
+    teacher = load_teacher(args, model, published)
+    quantize(teacher, **options, mean=mean, std=std, device=device, out=args.out, resume=args.resume,
+             evaluate=None if images is None else lambda model: top1(model, images, device),
+             checkpoint_every=args.checkpoint_every, about={"arch": args.arch, "dataset": args.dataset})
+
+
+if __name__ == "__main__":
+    run(main)
