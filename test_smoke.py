@@ -1,0 +1,556 @@
+# SPDX-License-Identifier: MIT
+"""Everything that must hold, in a few minutes on two cores and without a download: `python -m pytest -q`."""
+import contextlib
+import copy
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torchvision import models
+
+import lrq
+import quant
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+# ------------------------------------------------------------------------------------------------ quant.py
+
+INPUTS = {"normal": torch.randn(5, 4, 3), "constant": torch.full((5, 4, 3), 3.0), "zero": torch.zeros(5, 4, 3),
+          "negative": -torch.rand(5, 4, 3) - 1, "positive": torch.rand(5, 4, 3) + 1, "huge": torch.randn(5, 4, 3) * 3e37,
+          "tiny": torch.randn(5, 4, 3) * 1e-35, "denormal": torch.randn(5, 4, 3) * 1e-41}
+
+
+@pytest.mark.parametrize("symmetric", (False, True))
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_fake_quantize_equals_torch_bit_for_bit(bits, symmetric):
+    for name, x in INPUTS.items():
+        scale, zero_point, low, high = quant.calculate_qparams(x.min(), x.max(), bits, symmetric)
+        assert (low, high) == ((-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2 ** bits - 1))
+        assert low <= zero_point <= high and scale > 0 and (zero_point == 0 or not symmetric)
+        y = quant.fake_quantize(x, scale, zero_point, low, high)
+        assert torch.equal(y, torch.fake_quantize_per_tensor_affine(x, scale, zero_point, low, high)), name
+        assert y.isfinite().all() and len(y.unique()) <= 2 ** bits
+        if name not in ("tiny", "denormal"):  # the error is at most half a step, and a rounded zero point's half step
+            assert (y - x).abs().max() <= scale * 1.001
+        assert torch.equal(quant.fake_quantize(torch.zeros(3), scale, zero_point, low, high), torch.zeros(3))
+        qparams = quant.calculate_qparams(x.flatten(1).amin(1), x.flatten(1).amax(1), bits, symmetric)
+        expected = torch.fake_quantize_per_channel_affine(x, qparams[0], qparams[1], 0, low, high)
+        assert torch.equal(quant.fake_quantize(x, *qparams, axis=0), expected), name
+
+
+def test_fake_quantize_saturates_far_outside_its_range():
+    y = quant.fake_quantize(torch.tensor([-1e30, 1e30, -torch.inf, torch.inf]), torch.tensor(0.1),
+                            torch.tensor(3, dtype=torch.int32), 0, 15)
+    assert torch.allclose(y, torch.tensor([-0.3, 1.2, -0.3, 1.2]))
+
+
+@pytest.mark.parametrize("axis", (None, 1))
+def test_gradient_is_the_straight_through_estimator(axis):
+    x = (torch.randn(6, 5, 4) * 2).requires_grad_()
+    scale, zero_point = torch.rand(5) * 0.1 + 0.1, torch.arange(5, dtype=torch.int32)
+    if axis is None:
+        scale, zero_point = scale[2], zero_point[2]
+    weight = torch.randn(6, 5, 4)
+    (quant.fake_quantize(x, scale, zero_point, 0, 15, axis) * weight).sum().backward()
+    expected = torch.zeros_like(x)
+    for i, j, k in np.ndindex(6, 5, 4):
+        s, z = (scale, zero_point) if axis is None else (scale[j], zero_point[j])
+        if 0 <= round((x[i, j, k] / s).item()) + z.item() <= 15:
+            expected[i, j, k] = weight[i, j, k]
+    assert torch.equal(x.grad, expected) and 0 < (expected == 0).sum() < expected.numel()
+
+
+@pytest.mark.parametrize("bits", (1, 9, 0, 3.5, "4"))
+def test_other_bits_are_refused(bits):
+    with pytest.raises(ValueError, match="2 to 8"):
+        quant.quantize_model(nn.Conv2d(3, 3, 1), bits, 4)
+
+
+class Odd(nn.Module):
+    """Every kind of layer that must work: the head is registered first, one convolution runs twice, ReLU is functional."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(12, 7)
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding="same", groups=8)
+        self.dilated = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=2, padding_mode="reflect")
+        self.twice = nn.Conv2d(8, 8, 1)
+        self.last = nn.Conv2d(8, 12, (1, 3), bias=False)
+        self.bn.running_mean.normal_()
+        self.bn.running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        x = F.relu(self.bn(self.stem(F.pad(x, (0, 1, 0, 1)))))
+        x = self.twice(F.relu6(self.dilated(self.depthwise(x))))
+        return self.head(F.relu(self.last(self.twice(50 * x))).mean((2, 3)))
+
+
+def calibrated(model, bits=(4, 4), size=16, **kwargs):
+    student = quant.quantize_model(model, *bits, **kwargs)
+    quant.observe(student)(torch.randn(8, 3, size, size))
+    return quant.freeze(student)
+
+
+def state_bytes(model):
+    return copy.deepcopy(model.state_dict())
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key]
+                                        for key in a)
+
+
+def test_quantize_model_makes_a_learning_copy_and_leaves_the_original():
+    model = Odd().train().requires_grad_(False)
+    calls, x = [], torch.randn(4, 3, 16, 16)
+    model.bn.register_forward_hook(lambda *_: calls.append(1))
+    before, expected = state_bytes(model), copy.deepcopy(model).eval()(x)
+    calls.clear()
+    student = calibrated(model)
+    loss = student.train()(x).square().sum()
+    loss.backward()
+    assert not calls and len(model.bn._forward_hooks) == 1 and model.training
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in student.parameters())
+    assert same(before, state_bytes(model)) and not any(p.requires_grad for p in model.parameters())
+    assert torch.equal(model.eval()(x), expected)
+    assert {type(layer) for layer in student.modules()} >= {quant.QuantConv2d, quant.QuantLinear}
+    assert not any(type(layer) in (nn.Conv2d, nn.Linear) for layer in student.modules())
+
+
+def test_batch_norm_stays_in_evaluation_mode():
+    student = calibrated(Odd())
+    before = state_bytes(student.bn)
+    student.train()
+    student(torch.randn(4, 3, 16, 16) + 3).sum().backward()
+    assert not student.bn.training and same(before, state_bytes(student.bn))
+
+
+def test_ranges_are_for_each_run_of_a_layer_and_the_network_input_has_8_bits():
+    student = calibrated(Odd(), bits=(3, 2))
+    ranges = student.twice.input_quantizer
+    assert ranges.bits == [2, 2] and ranges.max_val[1] > 1.5 * ranges.max_val[0] > 0
+    assert student.stem.input_quantizer.bits == [8] and student.head.input_quantizer.bits == [2]
+    assert sum(1 for name, _ in student.named_parameters() if name.startswith("twice.")) == 2
+    seen = []
+    student.twice.input_quantizer.register_forward_hook(lambda _, args, y: seen.append(y))
+    student(torch.randn(8, 3, 16, 16))
+    assert [len(y.unique()) <= 4 for y in seen] == [True, True] and seen[1].max() > seen[0].max()
+
+
+def test_ranges_are_moving_averages_and_fixed_after_freeze():
+    student = quant.quantize_model(nn.Sequential(nn.Conv2d(3, 2, 1)), 4, 4)
+    with pytest.raises(RuntimeError, match="observe"):
+        student(torch.randn(1, 3, 4, 4))
+    quant.observe(student)
+    for high in (1.0, 2.0, 4.0):
+        student(torch.linspace(-1, high, 48).view(1, 3, 4, 4))
+    quantizer = quant.freeze(student)[0].input_quantizer
+    assert torch.allclose(quantizer.max_val, torch.tensor([1.0 + 0.1 * 1 + 0.1 * (4 - 1.1)]))
+    before = state_bytes(student)
+    student(torch.randn(1, 3, 4, 4) * 100)
+    assert same(before, state_bytes(student))
+
+
+def test_state_dict_brings_the_ranges_along():
+    student, x = calibrated(Odd()), torch.randn(2, 3, 16, 16)
+    again = quant.quantize_model(Odd(), 4, 4)
+    again.load_state_dict(student.state_dict())
+    assert torch.equal(again(x), student(x)) and torch.equal(copy.deepcopy(student)(x), student(x))
+
+
+def test_a_layer_with_its_own_forward_is_refused():
+    class Standardized(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, self.weight / self.weight.std())
+    with pytest.raises(TypeError, match="'0'"):
+        quant.quantize_model(nn.Sequential(Standardized(3, 3, 1)), 4, 4)
+
+
+@pytest.mark.parametrize("symmetric", (False, True))
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_packed_student_is_small_and_exact(bits, symmetric, tmp_path):
+    model, x = Odd(), torch.randn(4, 3, 16, 16)
+    student = calibrated(model, bits=(bits, 4), symmetric=symmetric)
+    optimizer = torch.optim.SGD(student.parameters(), 0.05)
+    student(x).square().mean().backward()
+    optimizer.step()
+    torch.save(quant.pack(student), tmp_path / "student.pt")
+    packed = torch.load(tmp_path / "student.pt", weights_only=True)
+    before = state_bytes(model)
+    again = quant.unpack(packed, model)
+    assert torch.equal(again(x), student(x)) and not torch.equal(again(x), model.eval()(x))
+    assert same(before, state_bytes(model)) and same(quant.pack(again)["rest"], packed["rest"])
+    for name, layer in packed["layers"].items():
+        count = int(np.prod(layer["shape"]))
+        assert layer["codes"].dtype == torch.uint8 and layer["codes"].numel() == -(-count // 8) * bits
+        assert torch.equal(quant.pack(again)["layers"][name]["codes"], layer["codes"])
+        codes = quant.unpack_bits(layer["codes"], bits, count)
+        assert 0 <= codes.min() and codes.max() <= 2 ** bits - 1 and len(codes.unique()) > 1
+    with pytest.raises(ValueError, match="another architecture"):
+        quant.unpack(packed, nn.Sequential(nn.Conv2d(3, 8, 3)))
+
+
+def test_two_codes_of_4_bits_in_a_byte():
+    assert quant.pack_bits(torch.arange(1, 9), 4).tolist() == [0x21, 0x43, 0x65, 0x87]
+    assert quant.pack_bits(torch.tensor([1, 2, 3, 4, 5, 6, 7, 0]), 3).tolist() == [0b11010001, 0b01011000, 0b00011111]
+
+
+# ------------------------------------------------------------------------------------------------ losses
+
+def test_decoupled_distillation_identity():
+    """KL(P || Q) = TCKD + (1 - p_t of P) NCKD, and T^2 scales both."""
+    p, q, labels = torch.randn(6, 9) * 3, torch.randn(6, 9) * 3, torch.randint(9, (6,))
+    for i in range(6):  # one image at a time: NCKD's weight is each image's own
+        one = slice(i, i + 1)
+        tckd, nckd = (lrq.dkd_loss(q[one], p[one], labels[one], a, b, 4.0) for a, b in ((1, 0), (0, 1)))
+        others = 1 - (p[i] / 4).softmax(0)[labels[i]]
+        assert torch.allclose(lrq.kd_loss(q[one], p[one], 4.0), tckd + others * nckd, rtol=1e-4)
+    assert lrq.dkd_loss(p, p, labels, 1, 8, 4.0).abs() < 1e-5
+    huge = lrq.dkd_loss(q * 1e4, p * 1e4, labels, 1, 8, 4.0)
+    assert huge.isfinite()
+
+
+def test_kd_loss_against_numpy():
+    p, q = torch.randn(6, 9).double(), torch.randn(6, 9).double()
+    softmax = lambda x: np.exp(x / 3) / np.exp(x / 3).sum(1, keepdims=True)
+    pp, qq = softmax(p.numpy()), softmax(q.numpy())
+    assert np.isclose(lrq.kd_loss(q, p, 3.0).item(), (pp * np.log(pp / qq)).sum() / 6 * 9)
+
+
+def test_margin_zero_is_cross_entropy():
+    f, w, b, y = torch.randn(8, 16), torch.randn(5, 16), torch.randn(5), torch.randint(5, (8,))
+    assert torch.equal(lrq.ama_logits(f, w, b, y, 0.0), F.linear(f, w, b))
+
+
+@pytest.mark.parametrize("margin", (-0.4, -0.1, 0.1, 0.4, 1.6))
+def test_margin_is_added_to_the_angle(margin):
+    w = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    theta = torch.linspace(0, torch.pi, 181)
+    f = 3 * torch.stack([theta.cos(), theta.sin()], 1)
+    b, labels = torch.tensor([0.5, -0.5]), torch.zeros(181, dtype=torch.long)
+    logits = lrq.ama_logits(f, w, b, labels, margin)
+    inside = (theta + margin >= 0) & (theta + margin <= torch.pi)
+    assert torch.allclose(logits[inside, 0], 6 * torch.cos(theta[inside] + margin) + 0.5, atol=1e-5)
+    assert torch.equal(logits[:, 1], F.linear(f, w, b)[:, 1])
+    assert (logits[:, 0].diff() < 1e-6).all() and logits[:, 0].diff().abs().max() < 0.25  # falls, without a jump
+
+
+def test_margin_has_finite_gradients_at_every_angle():
+    w = torch.randn(3, 4)
+    f = torch.stack([w[0], -w[0], 1e-20 * w[1], torch.zeros(4), 1e6 * w[2]]).requires_grad_()
+    for margin in (-0.3, 0.3):
+        F.cross_entropy(lrq.ama_logits(f, w, None, torch.tensor([0, 0, 1, 1, 2]), margin), torch.tensor([0, 0, 1, 1, 2])).backward()
+        assert f.grad.isfinite().all() and f.grad.abs().sum() > 0
+
+
+def test_batch_norm_loss_against_numpy():
+    h = [torch.randn(4, 3, 5, 5) * 2 + 1, torch.randn(4, 6, 2, 2)]
+    mu, var = [torch.randn(3), torch.randn(6)], [torch.rand(3), torch.rand(6)]
+    expected = np.mean([((x.numpy().mean((0, 2, 3)) - m.numpy()) ** 2).mean() + ((x.numpy().var((0, 2, 3)) - v.numpy()) ** 2).mean()
+                        for x, m, v in zip(h, mu, var)])
+    assert np.isclose(lrq.batch_norm_loss(h, mu, var).item(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ("ama", "bns"))
+@pytest.mark.parametrize("num_classes", (7, 200))
+def test_generator_losses_train_every_parameter_of_the_generator(loss, num_classes):
+    teacher = Odd()
+    teacher.head = nn.Linear(12, num_classes)
+    teacher.eval().requires_grad_(False)
+    generator = lrq.Generator(16, num_classes)
+    z, labels = torch.randn(8, generator.latent_dim), torch.randint(num_classes, (8,))
+    images = generator(z, labels)
+    assert images.shape == (8, 3, 16, 16)
+    assert images.mean().abs() < 1e-4 and (images.std() - 1).abs() < 0.05
+    logits, features, inputs = lrq.teacher_forward(teacher, teacher.head, images)
+    if loss == "ama":
+        F.cross_entropy(lrq.ama_logits(features, teacher.head.weight, teacher.head.bias, labels, 0.2), labels).backward()
+    else:
+        lrq.batch_norm_loss([h for _, h in inputs], [l.running_mean for l, _ in inputs], [l.running_var for l, _ in inputs]).backward()
+    dead = [name for name, p in generator.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    # A constant added in front of a batch norm changes nothing: only rounding reaches those biases.
+    assert not [name for name in dead if not name.endswith("bias")]
+    assert not any(layer._forward_pre_hooks for layer in teacher.modules())
+
+
+@pytest.mark.parametrize("loss", ("dkd", "tckd", "nckd", "kl"))
+def test_student_losses_train_every_parameter_of_the_student(loss):
+    student, labels = calibrated(Odd()), torch.randint(7, (8,))
+    teacher_logits, logits = torch.randn(8, 7) * 3, student(torch.randn(8, 3, 16, 16))
+    if loss == "kl":
+        lrq.kd_loss(logits, teacher_logits, 4.0).backward()
+    else:
+        lrq.dkd_loss(logits, teacher_logits, labels, loss != "nckd", loss != "tckd", 4.0).backward()
+    assert all(p.grad.abs().sum() > 0 for p in student.parameters())
+
+
+def test_generator_has_a_long_range_only_with_attention():
+    """The gradient of one output pixel of a block reaches 21 x 21 neighbours, the 7 x 7 (dilation 3) of a 5 x 5."""
+    x = torch.randn(1, 4, 41, 41, requires_grad=True)
+    (lrq.LargeKernelAttention(4)(x)[0, 0, 20, 20]).backward()
+    reached = x.grad.abs().sum((0, 1)).nonzero()
+    assert reached.min().item() == 20 - 11 and reached.max().item() == 20 + 11
+    assert not any(isinstance(layer, lrq.LargeKernelAttention) for layer in lrq.Generator(16, 7, lka=False).modules())
+
+
+# ------------------------------------------------------------------------------------------------ quantize(...)
+
+SMALL = dict(image_size=16, num_classes=7, w_bits=3, a_bits=3, mean=(0.5,) * 3, std=(0.25,) * 3, batch_size=8, device="cpu")
+
+
+@pytest.fixture
+def teacher():
+    return Odd().eval()
+
+
+def test_quantize_leaves_the_teacher_as_it_is(teacher):
+    before = state_bytes(teacher)
+    teacher.train()
+    teacher.bn.register_forward_hook(lambda *_: pytest.fail("a hook of the user's was called"))
+    student, result = lrq.quantize(teacher, **SMALL, iterations=4)
+    assert same(before, state_bytes(teacher)) and teacher.training and len(teacher.bn._forward_hooks) == 1
+    assert torch.equal(student.bn.running_mean, teacher.bn.running_mean)
+    assert not torch.equal(student.stem.weight, teacher.stem.weight)
+    assert 0 <= result["ptq_agreement"] <= 100 and "q_top1" not in result
+
+
+def test_quantize_is_the_same_for_the_same_seed(teacher):
+    a, b, c = (lrq.quantize(teacher, **SMALL, iterations=4, seed=seed)[0] for seed in (1, 1, 2))
+    assert same(state_bytes(a), state_bytes(b)) and not same(state_bytes(a), state_bytes(c))
+
+
+@pytest.mark.parametrize("stop_at", (2, 5, 8))
+def test_resume_gives_the_same_bits_as_an_uninterrupted_run(teacher, tmp_path, stop_at, monkeypatch):
+    arguments = dict(SMALL, iterations=8, warmup=0.5, evaluate=lambda model: 50.0)
+    whole, expected = lrq.quantize(teacher, **arguments, out=tmp_path / "whole")
+    real_loss, calls = lrq.batch_norm_loss, []
+
+    def interrupting(*args):
+        calls.append(1)
+        if len(calls) == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real_loss(*args)
+    monkeypatch.setattr(lrq, "batch_norm_loss", interrupting)
+    with pytest.raises(KeyboardInterrupt, match=f"iteration {stop_at} of 8"):
+        lrq.quantize(teacher, **arguments, out=tmp_path / "parts")
+    with pytest.raises(lrq.BadInput, match="seed"):
+        lrq.quantize(teacher, **arguments, seed=5, out=tmp_path / "parts", resume=True)
+    parts, result = lrq.quantize(teacher, **arguments, out=tmp_path / "parts", resume=True)
+    assert len(calls) == 8 and same(state_bytes(whole), state_bytes(parts))
+    assert (tmp_path / "whole/log.csv").read_text() == (tmp_path / "parts/log.csv").read_text()
+    for key in ("fp_top1", "ptq_agreement", "q_agreement", "recognised"):
+        assert result[key] == expected[key]
+
+
+@pytest.mark.parametrize("change, message", (
+    (dict(image_size=18), "multiple of 4"), (dict(num_classes=8), "num_classes"), (dict(classifier="stem2"), "stem2"),
+    (dict(classifier="twice"), "classifier"), (dict(w_bits=1), "2 to 8"), (dict(margin=float("nan")), "margin"),
+    (dict(student_lr=float("inf")), "student-lr"), (dict(out="/dev/null/x"), "/dev/null/x")))
+def test_quantize_refuses_what_it_cannot_use(teacher, change, message):
+    with pytest.raises(lrq.BadInput, match=message):
+        lrq.quantize(teacher, **{**SMALL, "iterations": 4, **change})
+
+
+def test_a_teacher_that_gives_nan_or_has_no_batch_norm_is_refused(teacher):
+    teacher.last.weight.data[0, 0] = torch.nan
+    with pytest.raises(lrq.BadInput, match="NaN"):
+        lrq.quantize(teacher, **SMALL, iterations=4)
+    plain = nn.Sequential(nn.Conv2d(3, 7, 16), nn.Flatten(), nn.Linear(7, 7))
+    with pytest.raises(lrq.BadInput, match="batch norm"):
+        lrq.quantize(plain, **SMALL, iterations=4)
+
+
+def test_a_convolution_can_be_the_classifier():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 7, 1), nn.Flatten())
+    student, result = lrq.quantize(model, **SMALL, iterations=3, margin=0.1)
+    assert student(torch.randn(2, 3, 16, 16)).shape == (2, 7)
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """Weights and images to run on: random ResNet-20 and ResNet-18, two pictures for each of ten classes, bad files."""
+    folder = tmp_path_factory.mktemp("made")
+    torch.manual_seed(0)
+    for name, model in (("resnet20", lrq.CifarResNet(3, 10)), ("resnet20-100", lrq.CifarResNet(3, 100)),
+                        ("resnet18", models.resnet18())):
+        torch.save({"state_dict": {"module." + key: value for key, value in model.state_dict().items()}}, folder / f"{name}.pt")
+    nan = lrq.CifarResNet(3, 10)
+    nan.conv1.weight.data[0] = torch.nan
+    torch.save(nan.state_dict(), folder / "nan.pt")
+    torch.save(nan, folder / "pickled.pt")
+    (folder / "text.pt").write_text("no weights")
+    for kind, classes in (("images", 10), ("nine", 9), ("broken", 10)):
+        for c in range(classes):
+            (folder / kind / f"test/class{c}").mkdir(parents=True)
+            for i in range(2):
+                pixels = np.random.default_rng(c * 2 + i).integers(256, size=(32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / kind / f"test/class{c}/{i}.png")
+    (folder / "broken/test/class3/0.png").write_bytes(b"not a picture")
+    (folder / "empty").mkdir()
+    (folder / "file").touch()
+    return folder
+
+
+RESNET20 = "--arch resnet20 --weights {0}/resnet20.pt --iterations 4 --batch-size 4 --device cpu"
+BAD_INPUT = (
+    ("--arch resnet81", "resnet18"), ("--arch resnet18 --weights {0}/none.pt", "none.pt"),
+    ("--arch vit_b_16 --weights {0}/none.pt", "batch norm"), ("--w 9", "--w 9"), ("--a 1", "--a 1"), ("--w four", "--w"),
+    ("--arch resnet20 --weights {0}/text.pt", "text.pt"), ("--arch resnet20 --weights {0}/pickled.pt", "pickled.pt"),
+    ("--arch resnet20 --weights {0}", "--weights"), ("--arch resnet20 --weights {0}/resnet18.pt", "conv1.weight"),
+    ("--arch resnet18 --weights {0}/resnet20.pt", "keys missing"),
+    ("--arch resnet20 --weights {0}/resnet20-100.pt", "100 classes"), ("--arch resnet20 --weights {0}/nan.pt", "NaN"),
+    (RESNET20 + " --data {0}/none", "--data {0}/none"), (RESNET20 + " --data {0}/empty", "--data {0}/empty"),
+    (RESNET20 + " --data {0}/nine", "9 classes"), (RESNET20 + " --data {0}/broken", "class3/0.png"),
+    (RESNET20 + " --out {0}/file", "--out {0}/file"), (RESNET20 + " --out {0}/file/folder", "--out {0}/file/folder"),
+    (RESNET20 + " --resume --out {0}/empty", "--resume"), (RESNET20 + " --batch-size 1", "batch size 1"),
+    (RESNET20 + " --batch-size 0", "batch size 0"), (RESNET20 + " --iterations 0", "iterations 0"),
+    (RESNET20 + " --margin inf", "margin inf"), (RESNET20 + " --margin nan", "margin nan"),
+    (RESNET20 + " --warmup 1", "warmup"), (RESNET20 + " --device cuda:99", "--device cuda:99"), ("--dataset cifar11", "--dataset"),
+    ("--arch resnet18 --dataset cifar10", "--weights"), ("--no-such-flag", "--no-such-flag"),
+    ("--evaluate {0}/text.pt", "text.pt"), ("--evaluate {0}/none.pt", "none.pt"))
+
+
+def command(arguments, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["lrq.py"])
+    lrq.run(lambda: lrq.main(shlex.split(arguments.format(folder))))
+
+
+@pytest.mark.parametrize("arguments, message", BAD_INPUT)
+def test_bad_input_is_one_clear_line(arguments, message, made, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command(arguments, made, monkeypatch)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("lrq.py: ") and error.count("\n") == 1, error
+    assert message.format(made) in error
+
+
+def test_weights_that_cannot_be_fetched_are_said_so(made, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(made / "nothing cached"))
+    for arch in ("resnet18", "resnet20"):
+        with pytest.raises(SystemExit):
+            command(f"--arch {arch} --w 4 --a 4", made, monkeypatch)
+        error = capsys.readouterr().err
+        assert "could not be fetched" in error and "--weights" in error and error.count("\n") == 1
+
+
+FILES = ["checkpoint.pt", "log.csv", "result.json", "samples.png", "student.pt"]
+
+
+def test_a_whole_run_of_the_command(made, monkeypatch, capsys):
+    arguments = RESNET20 + " --w 4 --a 4 --data {0}/images --out {0}/run"
+    process = subprocess.run([sys.executable, HERE / "lrq.py", *shlex.split(arguments.format(made))], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    last = process.stdout.splitlines()[-1]
+    assert re.fullmatch(r"full precision [\d.]+ %  plain 4-bit [\d.]+ %  LRQ [\d.]+ %  [\d.]+x smaller", last), last
+    assert sorted(path.name for path in (made / "run").iterdir()) == FILES
+    result = json.loads((made / "run/result.json").read_text())
+    assert result["w_bits"] == 4 and result["q_mb"] < result["fp_mb"] / 4 and result["seed"] == 0 and result["arch"] == "resnet20"
+    rows = (made / "run/log.csv").read_text().splitlines()
+    assert rows[0] == "step,L_AMA,L_BNS,L_CE,L_DKD" and len(rows) == 5 and "nan" not in "".join(rows)
+    assert Image.open(made / "run/samples.png").size == (8 * 34 + 2, 10 * 34 + 2)
+
+    command(f"--evaluate {made}/run/student.pt --data {made}/images", made, monkeypatch)
+    assert f"top-1 {result['q_top1']:.2f} %" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command(f"--evaluate {made}/run/student.pt", made, monkeypatch)
+    assert "--data" in capsys.readouterr().err
+
+    command(arguments + " --resume", made, monkeypatch)  # of a run that is over: evaluates again, and changes nothing
+    assert json.loads((made / "run/result.json").read_text())["q_top1"] == result["q_top1"]
+    command(arguments + " --seed 1", made, monkeypatch)  # another run there: the first one is moved aside
+    assert sorted(path.name for path in (made / "run/earlier-1").iterdir()) == FILES
+
+
+def test_resnet18_at_224_without_data(made, monkeypatch, capsys):
+    command("--arch resnet18 --w 4 --a 4 --weights {0}/resnet18.pt --iterations 2 --batch-size 2 --warmup 0.5 --out {0}/large",
+            made, monkeypatch)
+    assert "agreement with the teacher on synthetic images: plain 4-bit" in capsys.readouterr().out.splitlines()[-1]
+    assert sorted(path.name for path in (made / "large").iterdir()) == FILES
+    result = json.loads((made / "large/result.json").read_text())
+    assert 44 < result["fp_mb"] < 48 and 5.5 < result["q_mb"] < 6.5 and "q_top1" not in result
+
+
+def test_progress_is_one_line_in_a_terminal_and_plain_lines_in_a_log(monkeypatch):
+    for terminal in (True, False):
+        stream = io.StringIO()
+        stream.isatty = lambda: terminal
+        monkeypatch.setattr(sys, "stdout", stream)
+        progress = lrq.Progress("LRQ", 3)
+        for step in (1, 2, 3):
+            progress.last_time -= 60
+            progress(step, {"L_AMA": torch.tensor(0.5)})
+        text = stream.getvalue()
+        assert text.count("L_AMA 0.5000") == 3 and "left" in text and ("\r" in text) == terminal
+        assert text.count("\n") == (1 if terminal else 3)
+
+
+# ------------------------------------------------------------------------------------------------ README and the rest
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+
+
+def test_readme_commands_have_flags_that_exist(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines() if "lrq.py" in line]
+    assert len(commands) >= 5 and any(line.endswith("&& python lrq.py") for line in commands)
+
+    class Parsed(Exception):
+        pass
+
+    def parsed(*args, **kwargs):
+        raise Parsed
+    monkeypatch.setattr(lrq, "build_teacher", parsed)
+    monkeypatch.setattr(lrq, "evaluate_student", parsed)
+    for line in commands:
+        arguments = shlex.split(line.split("lrq.py", 1)[1], comments=True)
+        if "--resume" in arguments:
+            Path(arguments[arguments.index("--out") + 1]).mkdir(parents=True, exist_ok=True)
+            Path(arguments[arguments.index("--out") + 1], "checkpoint.pt").touch()
+        with pytest.raises(Parsed):
+            lrq.main(arguments)
+
+
+def test_readme_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for block in blocks("python"):
+        short = re.sub(r"iterations=\d+, batch_size=\d+", "iterations=3, batch_size=4", block)
+        assert short != block or "iterations" not in block
+        exec(compile(short, "README.md", "exec"), {})
+
+
+def test_drawn_pictures_are_ten_classes_of_valid_images():
+    images, labels = lrq.draw_shapes(200, seed=3)
+    assert images.shape == (200, 3, 24, 24) and images.min() >= 0 and images.max() <= 1 and len(labels.unique()) == 10
+    assert torch.equal(images, lrq.draw_shapes(200, seed=3)[0]) and not torch.equal(images, lrq.draw_shapes(200, seed=4)[0])
+
+
+def test_files_state_their_licence():
+    for name in ("lrq.py", "quant.py", "test_smoke.py"):
+        assert (HERE / name).read_text().startswith("# SPDX-License-Identifier: MIT\n")
