@@ -1,5 +1,28 @@
 # SPDX-License-Identifier: MIT
-"""LRQ"""
+"""LRQ: long-range zero-shot generative quantization (arXiv 2211.06816; Neural Networks 166, 2023).
+
+A trained classifier P becomes a low-bit one, Q, without any of its data: a generator G learns to draw images whose
+batch-norm statistics and classes are those that P remembers, and Q learns from P on them.
+
+    python lrq.py                                    # offline demonstration, about two minutes on two CPU cores
+    python lrq.py --arch resnet18 --w 4 --a 4        # an ImageNet network
+    python lrq.py --help                             # every flag, its default and where that comes from
+
+The algorithm, as numbered in quantize():
+ 1. Draw noise z and labels y, and images x = G(z, y) from them.
+ 2. Generator step on L_G = L_AMA + a L_BNS, through the frozen P; G learns alone at first.
+ 3. Once, after that: observe the ranges of Q's activations on generated images, and fix them.
+ 4. Student step on the same images: L_Q = CE(Q(x), y) + L_DKD.
+ 5. Report and save.
+ 6. Evaluate, and write Q as integers.
+
+Differences from the paper: no code of it was published, so where the large-kernel attention stands and what the
+Adversarial Margin Add is in equations are our reading of the abstract. From GDFQ (arXiv 2003.03603), whose generator
+and schedule it builds on: the label's embedding is added to the noise instead of multiplied, L_BNS weighs 1 instead of
+0.1, and the student's learning rate falls as a cosine to zero. The README says what each was measured to be worth.
+
+Shapes: B batch_size, K num_classes, D features, S image_size, C channels, H and W height and width.
+"""
 import argparse
 import contextlib
 import csv
@@ -298,12 +321,14 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
                    temperature=temperature, alpha=alpha, beta=beta, bns_weight=bns_weight, generator_lr=generator_lr,
                    student_lr=student_lr, warmup=warmup)
     check_options(**options)
-    settings = {**(about or {}), "method": METHOD, **options}
+    settings = {**(about or {}), "method": METHOD, **options, "mean": list(mean), "std": list(std)}
     device = choose_device(device)
     teacher, layer = prepare_teacher(teacher, image_size, num_classes, len(mean), classifier, device)
     weight, bias = layer.weight.flatten(1), layer.bias                                  # W, (K, D); b, (K,)
     settings["teacher"] = fingerprint(teacher)
-    if resume or out is not None:
+    if resume and out is None:
+        raise BadInput("resume: name the folder of the checkpoint with out")
+    if out is not None:
         out = Path(out)
         check_folder(out, resume)
     torch.manual_seed(seed)
@@ -322,10 +347,10 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
         for name, part in parts.items():
             part.load_state_dict(state[name])
     else:
-        if out is not None:
-            set_aside(out)
         if evaluate is not None:
             figures["fp_top1"] = evaluate(teacher)
+        if out is not None:
+            set_aside(out)
     print("  ".join(f"{key}={value}" for key, value in settings.items()) + f"  device={device}", flush=True)
 
     def save(step):

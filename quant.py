@@ -118,12 +118,20 @@ class InputQuantizer(nn.Module):
         return fake_quantize(x, self.scale[call], self.zero_point[call], quant_min, quant_max)
 
     def observe(self, x, call, network_input):
-        """Moving average of the batches' minimum and maximum, momentum 0.1, started at the first batch's."""
-        low, high = torch.aminmax(x) if x.numel() else x.new_zeros(2)
+        """Moving average, momentum 0.1, of the range that rounds each batch with the least squared error: a share of
+        the way from the batch's minimum to its maximum, since at few bits rare extremes cost all others resolution."""
+        bits = self.input_bits if network_input else self.default_bits
         if network_input and self.input_range is not None:
             low, high = (x.new_tensor(value) for value in self.input_range)
+        else:
+            low, high = torch.aminmax(x) if x.numel() else x.new_zeros(2)
+            shares = [share / 10 for share in range(10, 2, -1)]
+            errors = [F.mse_loss(fake_quantize(x, *calculate_qparams(share * low, share * high, bits, self.symmetric)), x)
+                      for share in shares]
+            share = x.new_tensor(shares)[torch.stack(errors).argmin()]
+            low, high = share * low, share * high
         if call == len(self.bits):
-            self.bits.append(self.input_bits if network_input else self.default_bits)
+            self.bits.append(bits)
             self.min_val, self.max_val = torch.cat([self.min_val, low[None]]), torch.cat([self.max_val, high[None]])
         else:
             self.min_val[call] += 0.1 * (low - self.min_val[call])
