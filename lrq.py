@@ -450,7 +450,7 @@ class BadInput(ValueError):
 
 # name: (mean, std, image size, classes, default iterations, default batch size)
 DATASETS = {
-    "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 24, 10, 400, 64),
+    "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 24, 10, 500, 32),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), 32, 10, 1000, 64),
     "cifar100": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), 32, 100, 1000, 64),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224, 1000, 80000, 16)}
@@ -571,6 +571,8 @@ def build_teacher(arch, dataset):
         if dataset == "imagenet":
             choices = models.get_model_weights(arch)
             published = getattr(choices, "IMAGENET1K_V1", choices.DEFAULT)
+            if hasattr(model, "transform_input"):  # the published Inceptions normalise once more
+                model.transform_input = True
             how = published.transforms()
             mean, std, resize, crop = tuple(how.mean), tuple(how.std), how.resize_size[0], how.crop_size[0]
     if not any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
@@ -586,7 +588,7 @@ def load_teacher(args, model, published):
         load_weights(model, args.weights, args.arch, args.dataset)
     elif args.arch == "shapes":
         model = shapes_teacher()
-    elif not published and args.arch != "resnet20":
+    elif not published and (args.arch != "resnet20" or args.dataset not in CIFAR_WEIGHTS):
         raise BadInput(f"no weights are published for --arch {args.arch} on {args.dataset}: give --weights FILE")
     else:
         try:
@@ -876,9 +878,9 @@ def common_flags(parser):
     add("--symmetric", action="store_true", help="signed codes with zero point 0 (default: asymmetric)")
     add = parser.add_argument_group("run").add_argument
     add("--iterations", type=int, metavar="N", help="iterations, the generator's warm-up included (default: 80000 for "
-        "imagenet, GDFQ's 400 epochs of 200; 1000 for CIFAR, a CPU user's budget; 400 for shapes)")
+        "imagenet, GDFQ's 400 epochs of 200; 1000 for CIFAR, a CPU user's budget; 500 for shapes)")
     add("--batch-size", type=int, metavar="N", help="synthetic images in an iteration (default: 16 for imagenet as in "
-        "GDFQ, else 64)")
+        "GDFQ, 64 for CIFAR, 32 for shapes)")
     add("--seed", type=int, default=0, metavar="N", help="seed of all random numbers (default: 0)")
     add("--device", default="auto", help="cuda, cuda:1, cpu, ... (default: cuda if there is one, else cpu)")
     add("--out", metavar="FOLDER", help="where result.json, student.pt, checkpoint.pt, samples.png and log.csv go "

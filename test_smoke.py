@@ -428,7 +428,7 @@ BAD_INPUT = (
     (RESNET20 + " --batch-size 0", "batch size 0"), (RESNET20 + " --iterations 0", "iterations 0"),
     (RESNET20 + " --margin inf", "margin inf"), (RESNET20 + " --margin nan", "margin nan"),
     (RESNET20 + " --warmup 1", "warmup"), (RESNET20 + " --device cuda:99", "--device cuda:99"), ("--dataset cifar11", "--dataset"),
-    ("--arch resnet18 --dataset cifar10", "--weights"), ("--no-such-flag", "--no-such-flag"),
+    ("--arch resnet18 --dataset cifar10", "--weights"), ("--arch resnet20 --dataset imagenet", "--weights"), ("--no-such-flag", "--no-such-flag"),
     ("--evaluate {0}/text.pt", "text.pt"), ("--evaluate {0}/none.pt", "none.pt"))
 
 
