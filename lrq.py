@@ -4,7 +4,7 @@
 A trained classifier P becomes a low-bit one, Q, without any of its data: a generator G learns to draw images whose
 batch-norm statistics and classes are those that P remembers, and Q learns from P on them.
 
-    python lrq.py                                    # offline demonstration, about two minutes on two CPU cores
+    python lrq.py                                    # offline demonstration, under three minutes on two CPU cores
     python lrq.py --arch resnet18 --w 4 --a 4        # an ImageNet network
     python lrq.py --help                             # every flag, its default and where that comes from
 
@@ -19,7 +19,7 @@ The algorithm, as numbered in quantize():
 Differences from the paper: no code of it was published, so where the large-kernel attention stands and what the
 Adversarial Margin Add is in equations are our reading of the abstract. From GDFQ (arXiv 2003.03603), whose generator
 and schedule it builds on: the label's embedding is added to the noise instead of multiplied, L_BNS weighs 1 instead of
-0.1, and the student's learning rate falls as a cosine to zero. The README says what each was measured to be worth.
+0.1, and the student's learning rate falls as a cosine to zero. The README says what was measured of this.
 
 Shapes: B batch_size, K num_classes, D features, S image_size, C channels, H and W height and width.
 """
