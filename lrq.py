@@ -60,7 +60,7 @@ METHOD = "LRQ"
 # ------------------------------------------------------------------------------------------------ generator
 
 class LargeKernelAttention(nn.Module):
-    """Attention over a 21 x 21 neighbourhood (VAN, arXiv 2202.09741, sections 3.1 and 3.2): (B, C, H, W) -> the same.
+    """Attention over 23 x 23 pixels, 21 x 21 in the paper (VAN, arXiv 2202.09741, sections 3.1 and 3.2): (B, C, H, W) -> the same.
 
     LKA(u) = u * conv1x1(depthwise 7x7, dilation 3 (depthwise 5x5 (u))), between two 1 x 1 convolutions, as a residual
     scaled by a learnt factor a channel that starts at 0.01, so that the block starts near the identity.
@@ -934,7 +934,7 @@ def run(main):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common_flags(parser)
-    add = parser.add_argument_group("method: with --no-lka --margin 0 --kd kl it is GDFQ, the baseline").add_argument
+    add = parser.add_argument_group("method (--no-lka --margin 0 --kd kl: GDFQ, but for the differences named above)").add_argument
     add("--no-lka", action="store_true", help="generator without large-kernel attention")
     add("--margin", type=float, default=0.0, metavar="RADIANS", help="AMA's angular margin on the label's logit "
         "(default: 0.0)")
@@ -947,7 +947,7 @@ def main(argv=None):
     add("--generator-lr", type=float, default=1e-3, metavar="RATE", help="of Adam (default: 0.001, GDFQ)")
     add("--student-lr", type=float, default=3e-4, metavar="RATE", help="of SGD, falling as a cosine to zero (default: 0.0003)")
     add("--warmup", type=float, default=0.15, metavar="SHARE", help="share of the iterations in which the generator "
-        "learns alone (default: 0.15; GDFQ has 4 of 400 epochs)")
+        "learns alone (default: 0.15)")
     args = parse(parser, "lrq", argv)
     if args.evaluate:
         return evaluate_student(args)
