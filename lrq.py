@@ -9,9 +9,9 @@ batch-norm statistics and classes are those that P remembers, and Q learns from 
     python lrq.py --help                             # every flag, its default and where that comes from
 
 The algorithm, as numbered in quantize():
- 1. Draw noise z and labels y, and images x = G(z, y) from them.
- 2. Generator step on L_G = L_AMA + a L_BNS, through the frozen P; G learns alone at first.
- 3. Once, after that: observe the ranges of Q's activations on generated images, and fix them.
+ 1. Once, after the generator's warm-up: observe the ranges of Q's activations on generated images, and fix them.
+ 2. Draw noise z and labels y, and images x = G(z, y) from them.
+ 3. Generator step on L_G = L_AMA + a L_BNS, through the frozen P; G learns alone at first.
  4. Student step on the same images: L_Q = CE(Q(x), y) + L_DKD.
  5. Report and save.
  6. Evaluate, and write Q as integers.
@@ -28,6 +28,7 @@ import contextlib
 import csv
 import difflib
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -50,9 +51,10 @@ from torchvision import datasets, models, transforms, utils
 from quant import copy_without_hooks, freeze, observe, pack, quantize_model, unpack
 
 try:
+    import fcntl
     import resource
 except ImportError:  # Windows
-    resource = None
+    fcntl = resource = None
 
 METHOD = "LRQ"
 
@@ -127,21 +129,22 @@ class Generator(nn.Module):
         x = F.leaky_relu(normalise(self.norm1, self.lka1(self.conv1(x))), 0.2)
         x = F.interpolate(x, scale_factor=2)                                            # (B, 128, S, S)
         x = F.leaky_relu(normalise(self.norm2, self.lka2(self.conv2(x))), 0.2)          # (B, 64, S, S)
-        return self.norm3(torch.tanh(self.conv3(x)))                                    # (B, 3, S, S)
+        return self.norm3(torch.tanh(self.conv3(x).float()))                                 # (B, 3, S, S)
 
 
 # ------------------------------------------------------------------------------------------------ losses
 
-def batch_norm_loss(inputs, running_means, running_vars):
+def batch_norm_loss(inputs, running_means, running_vars, units=None):
     """L_BNS = mean over layers l of MSE(mean(h_l), mu_l) + MSE(var(h_l), var_l)          (GDFQ, arXiv 2003.03603, eq. 4)
 
     inputs: the h_l, each (B, C_l, H, W); running_means, running_vars: mu_l and var_l, each (C_l,). Mean and biased
-    variance are over batch, height and width; MSE is the mean over channels.
+    variance are over batch, height and width; MSE is the mean over channels. units: s_l, one number a layer, in which
+    h_l is measured (1 if None): with s_l^2 = mean(var_l) every layer counts alike, whatever the size of its values.
     """
-    loss = 0
-    for h, mu, var in zip(inputs, running_means, running_vars):
-        batch_var, batch_mean = torch.var_mean(h, (0, 2, 3), unbiased=False)
-        loss = loss + F.mse_loss(batch_mean, mu) + F.mse_loss(batch_var, var)
+    loss, units = 0, units or [1] * len(inputs)
+    for h, mu, var, s in zip(inputs, running_means, running_vars, units):
+        batch_var, batch_mean = torch.var_mean(h.float(), (0, 2, 3), unbiased=False)
+        loss = loss + F.mse_loss(batch_mean / s, mu / s) + F.mse_loss(batch_var / s ** 2, var / s ** 2)
     return loss / len(inputs)
 
 
@@ -200,111 +203,34 @@ def dkd_loss(student_logits, teacher_logits, labels, alpha, beta, temperature):
 # ------------------------------------------------------------------------------------------------ batch-norm statistics
 
 def teacher_forward(teacher, classifier, images):
-    """One forward pass of the teacher, seen from inside: (logits, features, batch_norm_inputs).
+    """One forward pass of the teacher, seen from inside: (logits, features, norms, inputs).
 
-    logits: (B, K). features: f, the classifier's input, (B, D). batch_norm_inputs: [(layer l, h_l)], h_l the input of
-    BatchNorm2d layer l, (B, C_l, H, W), one for each time that such a layer runs. The hooks are gone afterwards.
+    logits: (B, K). features: f, the classifier's input, (B, D). norms: the BatchNorm2d layers l in the order in which
+    they run, and inputs: their inputs h_l, (B, C_l, H, W). The hooks are gone afterwards.
     """
-    features, batch_norm_inputs = [], []
-    layers = [layer for layer in teacher.modules() if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None]
-    hooks = [layer.register_forward_pre_hook(lambda layer, args: batch_norm_inputs.append((layer, args[0])))
-             for layer in layers]
+    features, norms, inputs = [], [], []
+
+    def keep(layer, args):
+        norms.append(layer)
+        inputs.append(args[0])
+    hooks = [layer.register_forward_pre_hook(keep) for layer in teacher.modules()
+             if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None]
     hooks.append(classifier.register_forward_pre_hook(lambda layer, args: features.append(args[0])))
     try:
         logits = teacher(images)
     finally:
         for hook in hooks:
             hook.remove()
-    f = features[-1]
-    return logits, f.mean((2, 3)) if f.dim() == 4 else f, batch_norm_inputs
+    f = features[-1].float()
+    return logits.float(), f.mean((2, 3)) if f.dim() == 4 else f, norms, inputs
 
 
 # ------------------------------------------------------------------------------------------------ the method
 
-def find_classifier(model, num_classes, name=None):
-    """The layer that gives the logits: the one called `name`, else the last Linear or 1 x 1 Conv2d with K outputs."""
-    if name is not None:
-        layer = dict(model.named_modules()).get(name)
-        if not isinstance(layer, (nn.Linear, nn.Conv2d)):
-            raise BadInput(f"classifier '{name}' is not a Linear or Conv2d layer of the teacher: name one that is")
-        return layer
-    found = [layer for layer in model.modules()
-             if isinstance(layer, nn.Linear) and layer.out_features == num_classes
-             or isinstance(layer, nn.Conv2d) and layer.out_channels == num_classes and layer.kernel_size == (1, 1)]
-    if not found:
-        raise BadInput(f"no layer of the teacher gives {num_classes} classes: check num_classes, or name its classifier")
-    return found[-1]
-
-
-def prepare_teacher(teacher, image_size, num_classes, channels, classifier, device):
-    """A frozen copy of the teacher and its classifier layer, tried on noise. Raises BadInput if it cannot be used."""
-    teacher = copy_without_hooks(teacher).eval().requires_grad_(False)
-    teacher.to(device, memory_format=torch.channels_last)
-    layer = find_classifier(teacher, num_classes, classifier)
-    with torch.no_grad():
-        noise = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
-        logits, features, batch_norm_inputs = teacher_forward(teacher, layer, noise)
-        if not batch_norm_inputs:
-            raise BadInput("the teacher has no batch norm with running statistics, which the method needs")
-        if tuple(logits.shape) != (2, num_classes):
-            raise BadInput(f"the teacher gives outputs of shape {tuple(logits.shape)} for two images, not (2, {num_classes}): "
-                           "check num_classes")
-        if not logits.isfinite().all():
-            raise BadInput("the teacher gives NaN or infinite outputs for images of plain noise: check its weights")
-        again = F.linear(features, layer.weight.flatten(1), layer.bias)
-        if again.shape != logits.shape or not torch.allclose(again, logits, rtol=1e-3, atol=1e-3 * logits.abs().max()):
-            raise BadInput("the teacher's outputs are not those of the layer taken for its classifier: name the right one")
-    return teacher, layer
-
-
-def draw(batch_size, num_classes, generator, device):
-    """z ~ N(0, 1), (B, latent_dim), and y uniform over the classes, (B,)."""
-    return (torch.randn(batch_size, generator.latent_dim, device=device),
-            torch.randint(num_classes, (batch_size,), device=device))
-
-
-@torch.no_grad()
-def agreement(student, teacher, generator, num_classes, count, device):
-    """On `count` fresh synthetic images, in percent: how often the student's first choice is the teacher's, and how
-    often the teacher's is the label that the image was drawn for."""
-    agree = recognised = 0
-    random = torch.Generator().manual_seed(1)
-    labels = torch.randint(num_classes, (count,), generator=random)
-    noise = torch.randn(count, generator.latent_dim, generator=random)
-    generator.eval()
-    for z, y in zip(noise.split(50), labels.split(50)):
-        images = generator(z.to(device), y.to(device))
-        choice = teacher(images).argmax(1)
-        agree += (student(images).argmax(1) == choice).sum()
-        recognised += (choice == y.to(device)).sum()
-    generator.train()
-    return 100 * agree.item() / count, 100 * recognised.item() / count
-
-
-def check_options(*, image_size, w_bits, a_bits, iterations, batch_size, margin, kd, temperature, alpha, beta, bns_weight,
-                  generator_lr, student_lr, warmup, **rest):
-    """Raise BadInput for a setting that cannot be used."""
-    for ok, message in (
-            (w_bits in range(2, 9) and a_bits in range(2, 9), f"bits {w_bits} and {a_bits}: choose 2 to 8"),
-            (image_size >= 8 and image_size % 4 == 0, f"image size {image_size}: choose a multiple of 4, 8 or more"),
-            (iterations >= 1, f"iterations {iterations}: choose 1 or more"),
-            (batch_size >= 2, f"batch size {batch_size}: choose 2 or more, the least that has statistics"),
-            (abs(margin) < math.pi, f"margin {margin}: choose a number of radians between -pi and pi"),
-            (kd in ("kl", "dkd"), f"kd {kd}: choose kl or dkd"),
-            (0 <= warmup < 1, f"warmup {warmup}: choose a share of the iterations, at least 0 and below 1"),
-            (0 < temperature < math.inf, f"temperature {temperature}: choose a number above 0")):
-        if not ok:
-            raise BadInput(message)
-    for name, value in (("alpha", alpha), ("beta", beta), ("bns-weight", bns_weight), ("generator-lr", generator_lr),
-                        ("student-lr", student_lr)):
-        if not 0 <= value < math.inf:
-            raise BadInput(f"{name} {value}: choose a finite number, 0 or more")
-
-
 def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, iterations, batch_size, seed=0,
-             device="auto", evaluate=None, out=None, symmetric=False, classifier=None, lka=True, margin=0.0, kd="dkd",
-             temperature=4.0, alpha=1.0, beta=1.0, bns_weight=1.0, generator_lr=1e-3, student_lr=3e-4, warmup=0.15,
-             resume=False, checkpoint_every=60, about=None):
+             device="auto", evaluate=None, out=None, symmetric=False, classifier=None, precision="auto", lka=True,
+             margin=0.0, kd="dkd", temperature=4.0, alpha=1.0, beta=1.0, bns_weight=1.0, generator_lr=1e-3,
+             student_lr=3e-4, warmup=0.15, resume=False, checkpoint_every=60, about=None):
     """Quantize a trained classifier without its data. Returns (student, result).
 
     teacher: any nn.Module, (B, C, S, S) -> (B, num_classes), with BatchNorm2d; it is left as it is. image_size: S, a
@@ -316,81 +242,47 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     or to train on; `quant.pack` gives its integers. The result is the dict that result.json holds.
     Raises BadInput, a ValueError, for settings or a teacher that cannot be used, before any long work.
     """
-    options = dict(image_size=image_size, num_classes=num_classes, w_bits=w_bits, a_bits=a_bits, symmetric=symmetric,
-                   iterations=iterations, batch_size=batch_size, seed=seed, lka=lka, margin=margin, kd=kd,
-                   temperature=temperature, alpha=alpha, beta=beta, bns_weight=bns_weight, generator_lr=generator_lr,
-                   student_lr=student_lr, warmup=warmup)
-    check_options(**options)
-    settings = {**(about or {}), "method": METHOD, **options, "mean": list(mean), "std": list(std)}
-    device = choose_device(device)
-    teacher, layer = prepare_teacher(teacher, image_size, num_classes, len(mean), classifier, device)
+    settings = check_settings(locals())
+    device, dtype = choose_device(device, precision)
+    settings["precision"] = str(dtype).removeprefix("torch.")
+    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    teacher, layer, norms = prepare_teacher(teacher, image_size, num_classes, len(mean), classifier, device)
     weight, bias = layer.weight.flatten(1), layer.bias                                  # W, (K, D); b, (K,)
-    settings["teacher"] = fingerprint(teacher)
-    if resume and out is None:
-        raise BadInput("resume: name the folder of the checkpoint with out")
-    if out is not None:
-        out = Path(out)
-        check_folder(out, resume)
+    running_means, running_vars = [norm.running_mean for norm in norms], [norm.running_var for norm in norms]
+    units = [var.mean().sqrt() for var in running_vars]                                 # s_l
     torch.manual_seed(seed)
     generator = Generator(image_size, num_classes, len(mean), lka=lka).to(device, memory_format=torch.channels_last)
-    # Pixels lie in [0, 1], so the range of the network's input is known without data.
-    pixel_range = min(-m / s for m, s in zip(mean, std)), max((1 - m) / s for m, s in zip(mean, std))
-    student = quantize_model(teacher, w_bits, a_bits, symmetric, input_range=pixel_range)
+    student = quantize_model(teacher, w_bits, a_bits, symmetric, input_range=pixel_range(mean, std))
     generator_optimizer = torch.optim.Adam(generator.parameters(), generator_lr, betas=(0.5, 0.999))
     student_optimizer = torch.optim.SGD(student.parameters(), student_lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    parts = {"generator": generator, "student": student, "generator_optimizer": generator_optimizer,
-             "student_optimizer": student_optimizer}
-    first, seconds, figures, rows = 0, 0.0, {}, []
-    if resume:
-        state = load_checkpoint(out, settings, device)
-        first, seconds, figures, rows = (state[key] for key in ("step", "seconds", "figures", "rows"))
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    else:
-        if evaluate is not None:
-            figures["fp_top1"] = evaluate(teacher)
-        if out is not None:
-            set_aside(out)
-    print("  ".join(f"{key}={value}" for key, value in settings.items()) + f"  device={device}", flush=True)
+    warm_iterations = int(iterations * warmup)
+    with Run(settings, teacher, student, generator, device, evaluate, out, resume, checkpoint_every,
+             generator_optimizer=generator_optimizer, student_optimizer=student_optimizer) as run:
+        for step in range(run.step, iterations):
+            # 1. Once, after the generator's warm-up: activation ranges from its images; plain quantization is measured.
+            if step == warm_iterations:
+                observe(student)
+                with torch.no_grad():
+                    for _ in range(20):
+                        with autocast():
+                            images = generator(*draw(batch_size, num_classes, generator, device))
+                        student(images)
+                freeze(student)
+                run.measure("ptq")
 
-    def save(step):
-        if out is not None:
-            save_checkpoint(out, {"settings": settings, "step": step, "seconds": seconds + time.monotonic() - start,
-                                  "figures": figures, "rows": rows,
-                                  **{name: part.state_dict() for name, part in parts.items()}})
-            save_csv(out / "log.csv", rows)
-            save_samples(out / "samples.png", generator, num_classes, mean, std, device)
-
-    start = saved = time.monotonic()
-    warm_iterations, log_every = int(iterations * warmup), max(1, iterations // 200)
-    fresh = min(1000, iterations * batch_size)  # synthetic images for the agreement: fewer in a run of a few iterations
-    progress = Progress(METHOD, iterations, first)
-    with stop_requests() as requests:
-        for step in range(first, iterations):
-            # 1. Draw noise and labels, and images from them.
+            # 2. Draw noise and labels, and images from them.
             z, labels = draw(batch_size, num_classes, generator, device)
-            images = generator(z, labels)                                               # (B, C, S, S)
+            with autocast():
+                images = generator(z, labels)                                           # (B, C, S, S)
+                teacher_logits, features, _, inputs = teacher_forward(teacher, layer, images)
 
-            # 2. Generator step: L_G = L_AMA + a L_BNS, through the frozen teacher.
-            teacher_logits, features, batch_norm_inputs = teacher_forward(teacher, layer, images)
+            # 3. Generator step: L_G = L_AMA + a L_BNS, through the frozen teacher.
             loss_ama = F.cross_entropy(ama_logits(features, weight, bias, labels, margin), labels)
-            loss_bns = batch_norm_loss([h for _, h in batch_norm_inputs], [l.running_mean for l, _ in batch_norm_inputs],
-                                       [l.running_var for l, _ in batch_norm_inputs])
+            loss_bns = batch_norm_loss(inputs, running_means, running_vars, units)
             generator_optimizer.zero_grad()
             (loss_ama + bns_weight * loss_bns).backward()
             generator_optimizer.step()
             losses = {"L_AMA": loss_ama.detach(), "L_BNS": loss_bns.detach()}
-
-            # 3. After the generator's warm-up, once: activation ranges from its images; plain quantization is measured.
-            if step == warm_iterations:
-                observe(student)
-                with torch.no_grad():
-                    for _ in range(min(20, iterations)):
-                        student(generator(*draw(batch_size, num_classes, generator, device)))
-                freeze(student)
-                figures["ptq_agreement"], _ = agreement(student, teacher, generator, num_classes, fresh, device)
-                if evaluate is not None:
-                    figures["ptq_top1"] = evaluate(student)
 
             # 4. Student step on the same images: L_Q = CE(Q(x), y) + L_DKD; its learning rate falls as a cosine to zero.
             if step >= warm_iterations:
@@ -406,39 +298,10 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
                 losses.update({"L_CE": loss_ce.detach(), f"L_{kd.upper()}": loss_kd.detach()})
 
             # 5. Report and save.
-            progress(step + 1, losses)
-            if (step + 1) % log_every == 0 or step + 1 == iterations:
-                row = {"step": step + 1, "L_AMA": "", "L_BNS": "", "L_CE": "", f"L_{kd.upper()}": ""}
-                rows.append({**row, **{key: float(value) for key, value in losses.items()}})
-            if requests or step + 1 == iterations or time.monotonic() - saved > checkpoint_every:
-                save(step + 1)
-                saved = time.monotonic()
-            if requests:
-                where = f"saved in {out}, --resume goes on from there" if out is not None else "nothing saved without `out`"
-                raise KeyboardInterrupt(f"stopped after iteration {step + 1} of {iterations}; {where}")
-    seconds += time.monotonic() - start
+            run.report(step + 1, losses)
 
-    # 6. Evaluate, and write what a user takes away.
-    figures["q_agreement"], figures["recognised"] = agreement(student, teacher, generator, num_classes, fresh, device)
-    if evaluate is not None:
-        figures["q_top1"] = evaluate(student)
-    student.to(memory_format=torch.contiguous_format)
-    packed, sizes = {**pack(student), "settings": settings}, []
-    for content in (teacher.state_dict(), packed):
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        sizes.append(buffer.getbuffer().nbytes / 1e6)
-    result = {**settings, **figures, "seconds": round(seconds, 1), "iterations_per_s": round(iterations / seconds, 3),
-              "peak_memory_mb": peak_memory_mb(device), "fp_mb": round(sizes[0], 3), "q_mb": round(sizes[1], 3),
-              "device": str(device), "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else
-              f"CPU, {torch.get_num_threads()} threads", "torch": torch.__version__, "numpy": np.__version__}
-    if out is not None:
-        with atomically(out / "student.pt") as path:
-            torch.save(packed, path)
-        with atomically(out / "result.json") as path:
-            path.write_text(json.dumps(result, indent=2) + "\n")
-    print(summary(result, METHOD))
-    return student, result
+        # 6. Evaluate, and write Q as integers.
+        return student, run.finish()
 
 
 # ================================================================================================ shared plumbing: begin
@@ -446,6 +309,29 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
 
 class BadInput(ValueError):
     """Something that the user gave cannot be used; the message is one line that says what and what to do."""
+
+
+COMMON_RULES = {  # setting: (whether a value will do, what to choose)
+    "w_bits": (lambda v: v in range(2, 9), "2 to 8 bits"), "a_bits": (lambda v: v in range(2, 9), "2 to 8 bits"),
+    "image_size": (lambda v: v >= 8 and v % 4 == 0, "a multiple of 4, 8 or more"),
+    "iterations": (lambda v: v >= 1, "1 or more"),
+    "batch_size": (lambda v: v >= 2, "2 or more, the least that has statistics"),
+    "warmup": (lambda v: 0 <= v < 1, "a share of the iterations, at least 0 and below 1"),
+    "precision": (lambda v: v in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")}
+POSITIVE = (lambda v: 0 < v < math.inf, "a number above 0")
+NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "a finite number, 0 or more")
+NOT_SETTINGS = ("teacher", "device", "evaluate", "out", "resume", "checkpoint_every", "about")
+
+
+def check_settings(arguments):
+    """Of quantize's arguments, those that the result depends on. Raises BadInput for one that cannot be used."""
+    for name, (will_do, choose) in {**COMMON_RULES, **RULES}.items():
+        if not will_do(arguments[name]):
+            flag = {"w_bits": "w", "a_bits": "a"}.get(name, name.replace("_", "-"))
+            raise BadInput(f"--{flag} {arguments[name]}: choose {choose}")
+    settings = {"method": METHOD, **(arguments.get("about") or {}),
+                **{key: value for key, value in arguments.items() if key not in NOT_SETTINGS}}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 
 
 # name: (mean, std, image size, classes, default iterations, default batch size)
@@ -458,31 +344,18 @@ CIFAR_WEIGHTS = {dataset: f"https://github.com/chenyaofo/pytorch-cifar-models/re
                  for dataset, name in (("cifar10", "resnet20-4118986f"), ("cifar100", "resnet20-23dac2f1"))}
 
 
-class BasicBlock(nn.Module):
-    def __init__(self, in_channels, channels, stride):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.downsample = None
-        if stride != 1 or in_channels != channels:
-            self.downsample = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False),
-                                            nn.BatchNorm2d(channels))
-
-    def forward(self, x):
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + shortcut)
-
-
 class CifarResNet(nn.Module):
     """ResNet for 32 x 32 images (arXiv 1512.03385, section 4.2), parameters named as in chenyaofo/pytorch-cifar-models.
     Three stages of `blocks` blocks: 3 is ResNet-20, 1 is the ResNet-8 of the demonstration."""
 
     def __init__(self, blocks, num_classes):
         super().__init__()
+        def block(i, o, stride):
+            conv = nn.Sequential(nn.Conv2d(i, o, 1, stride, bias=False), nn.BatchNorm2d(o)) if i != o else None
+            return models.resnet.BasicBlock(i, o, stride, conv)
+        def stage(i, o, stride):
+            return nn.Sequential(block(i, o, stride), *[block(o, o, 1) for _ in range(blocks - 1)])
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        stage = lambda i, o, stride: nn.Sequential(*[BasicBlock(o if b else i, o, 1 if b else stride) for b in range(blocks)])
         self.layer1, self.layer2, self.layer3 = stage(16, 16, 1), stage(16, 32, 2), stage(32, 64, 2)
         self.fc = nn.Linear(64, num_classes)
 
@@ -522,7 +395,7 @@ def draw_shapes(count, seed):
 
 def shapes_teacher():
     """The demonstration's teacher: a ResNet-8 trained on 8,000 drawn pictures from a fixed seed, cached by torch.hub."""
-    cache = Path(torch.hub.get_dir()) / "checkpoints" / "zsq_shapes_resnet8_v1.pt"
+    cache = Path(torch.hub.get_dir()) / "checkpoints" / "zsq_shapes_resnet8_v2.pt"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = CifarResNet(1, 10).to(memory_format=torch.channels_last)
@@ -629,6 +502,43 @@ def load_weights(model, file, arch, dataset):
     model.load_state_dict(state, strict=False)
 
 
+def find_classifier(model, num_classes, name=None):
+    """The layer that gives the logits: the one called `name`, else the last Linear or 1 x 1 Conv2d with K outputs."""
+    if name is not None:
+        layer = dict(model.named_modules()).get(name)
+        if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+            raise BadInput(f"classifier '{name}' is not a Linear or Conv2d layer of the teacher: name one that is")
+        return layer
+    found = [layer for layer in model.modules()
+             if isinstance(layer, nn.Linear) and layer.out_features == num_classes
+             or isinstance(layer, nn.Conv2d) and layer.out_channels == num_classes and layer.kernel_size == (1, 1)]
+    if not found:
+        raise BadInput(f"no layer of the teacher gives {num_classes} classes: check num_classes, or name its classifier")
+    return found[-1]
+
+
+def prepare_teacher(teacher, image_size, num_classes, channels, classifier, device):
+    """(teacher, classifier, norms): a frozen copy of the teacher, its last layer, its BatchNorm2d layers in the order in
+    which they run. Tried on noise; raises BadInput if it cannot be used."""
+    teacher = copy_without_hooks(teacher).eval().requires_grad_(False)
+    teacher.to(device, memory_format=torch.channels_last)
+    layer = find_classifier(teacher, num_classes, classifier)
+    with torch.no_grad():
+        noise = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
+        logits, features, norms, _ = teacher_forward(teacher, layer, noise)
+        if not norms:
+            raise BadInput("the teacher has no batch norm with running statistics, which the method needs")
+        if tuple(logits.shape) != (2, num_classes):
+            raise BadInput(f"the teacher gives outputs of shape {tuple(logits.shape)} for two images, not (2, {num_classes}): "
+                           "check num_classes")
+        if not logits.isfinite().all():
+            raise BadInput("the teacher gives NaN or infinite outputs for images of plain noise: check its weights")
+        again = F.linear(features, layer.weight.flatten(1), layer.bias)
+        if again.shape != logits.shape or not torch.allclose(again, logits, rtol=1e-3, atol=1e-3 * logits.abs().max()):
+            raise BadInput("the teacher's outputs are not those of the layer taken for its classifier: name the right one")
+    return teacher, layer, norms
+
+
 def decode(path):
     try:
         return datasets.folder.default_loader(path)
@@ -666,6 +576,17 @@ def load_images(args, preprocess):
                                        pin_memory=torch.cuda.is_available())
 
 
+def draw(batch_size, num_classes, generator, device):
+    """z ~ N(0, 1), (B, latent_dim), and y uniform over the classes, (B,)."""
+    return (torch.randn(batch_size, generator.latent_dim, device=device),
+            torch.randint(num_classes, (batch_size,), device=device))
+
+
+def pixel_range(mean, std):
+    """(min, max) of a normalised image: pixels lie in [0, 1], so the range of the network's input is known without data."""
+    return min(-m / s for m, s in zip(mean, std)), max((1 - m) / s for m, s in zip(mean, std))
+
+
 @torch.no_grad()
 def top1(model, batches, device):
     """Share of the images whose label is the model's first choice, in percent."""
@@ -684,41 +605,31 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def choose_device(name):
+def choose_device(name, precision):
+    """(device, number type): that of the generator's and the teacher's convolutions, bfloat16 where it is native."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {name} cannot be used here ({first_line(error)}): try --device cpu") from error
-    return torch.device(name)
+    if precision == "auto":
+        able = torch.cpu.get_capabilities()
+        native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
+                  device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16")))
+        precision = "bfloat16" if native else "float32"
+    return device, getattr(torch, precision)
 
 
 @contextlib.contextmanager
 def atomically(path):
     """Write to a temporary file beside `path`, which takes the place of `path` once it is whole."""
     temporary = path.with_name(path.name + ".tmp")
-    yield temporary
-    os.replace(temporary, path)
-
-
-@contextlib.contextmanager
-def stop_requests():
-    """A list that Ctrl-C or a termination signal fills, for a loop to stop between two iterations; again stops at once."""
-    requests = []
-    def handler(number, frame):
-        if requests:
-            raise KeyboardInterrupt
-        requests.append(number)
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may catch signals
-        yield requests
-        return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield requests
+        yield temporary
+        os.replace(temporary, path)
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        temporary.unlink(missing_ok=True)
 
 
 def check_folder(out, resume):
@@ -733,41 +644,19 @@ def check_folder(out, resume):
         raise BadInput(f"--out {out} is not a folder that can be written ({error.strerror}): name another") from error
 
 
-def set_aside(out):
-    """Move the files of an earlier run in this folder into a folder of their own: nothing computed is ever lost."""
-    earlier = [out / name for name in ("checkpoint.pt", "result.json", "student.pt", "samples.png", "log.csv")
-               if (out / name).exists()]
-    if earlier:
-        aside = next(path for path in (out / f"earlier-{n}" for n in itertools.count(1)) if not path.exists())
-        aside.mkdir()
-        for path in earlier:
-            os.replace(path, aside / path.name)
-        print(f"the earlier run in {out} is now in {aside}")
-
-
-def save_checkpoint(out, state):
-    state = {**state, "rng": torch.get_rng_state(),
-             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-    with atomically(out / "checkpoint.pt") as path:
-        torch.save(state, path)
-
-
-def load_checkpoint(out, settings, device):
-    """The state that save_checkpoint wrote, random state restored. Raises BadInput if it was made with other settings."""
+def lock_folder(folder):
+    """Keep other runs out of this folder until the handle that it returns is closed, or the process ends."""
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-        made_with = state["settings"]
-    except Exception as error:
-        raise BadInput(f"--resume: {out / 'checkpoint.pt'} cannot be read ({first_line(error)}): start without --resume"
-                       ) from error
-    for key, value in settings.items():
-        if made_with.get(key) != value:
-            raise BadInput(f"--resume: the checkpoint in {out} was made with {key} = {made_with.get(key)}, now it is "
-                           f"{value}: use the same settings, or another --out")
-    torch.set_rng_state(state["rng"])
-    if device.type == "cuda" and state["cuda_rng"]:
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
-    return state
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise BadInput(f"--out {folder}: another run is writing there: name another folder") from error
+    except OSError:  # a file system without locks
+        pass
+    return handle
 
 
 def fingerprint(model):
@@ -778,26 +667,6 @@ def fingerprint(model):
         if torch.is_tensor(value):
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def save_csv(path, rows):
-    with atomically(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[-1]) if rows else ["step"])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-@torch.no_grad()
-def save_samples(path, generator, num_classes, mean, std, device):
-    """A grid of generated images, from the same noise each time: one row a class, ten classes at the most."""
-    rows, columns = min(num_classes, 10), 8 if generator.start_size <= 16 else 4
-    labels = (torch.arange(rows) * num_classes // rows).repeat_interleave(columns).to(device)
-    z = torch.randn(len(labels), generator.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
-    images = generator.eval()(z, labels).float().cpu()
-    generator.train()
-    pixels = images * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    with atomically(path) as temporary:
-        utils.save_image(pixels.clamp(0, 1), temporary, nrow=columns, format="png")
 
 
 def peak_memory_mb(device):
@@ -831,16 +700,192 @@ class Progress:
         print(("\r\x1b[K" if self.terminal else "") + line, end=end, flush=True)
 
 
-def summary(result, method):
-    """The last line, for people."""
-    w, a = result["w_bits"], result["a_bits"]
-    what = f"plain {w}-bit" if w == a else f"plain W{w}A{a}"
-    ratio = f"{result['fp_mb'] / result['q_mb']:.1f}x smaller"
-    if "q_top1" in result:
-        return (f"full precision {result['fp_top1']:.1f} %  {what} {result['ptq_top1']:.1f} %  "
-                f"{method} {result['q_top1']:.1f} %  {ratio}")
-    return (f"agreement with the teacher on synthetic images: {what} {result['ptq_agreement']:.1f} %  "
-            f"{method} {result['q_agreement']:.1f} %  {ratio}")
+class Run:
+    """Everything round the loop: the folder, checkpoints, Ctrl-C, progress, log.csv, and the figures and files at the end.
+
+        with Run(settings, ...) as run:
+            for step in range(run.step, iterations):   # run.step: iterations done, if it was resumed
+                ...
+                run.report(step + 1, losses)
+            result = run.finish()
+
+    parts: name -> what has a state_dict and belongs in the checkpoint beside student and generator.
+    """
+
+    def __init__(self, settings, teacher, student, generator, device, evaluate, out, resume, checkpoint_every, **parts):
+        if resume and out is None:
+            raise BadInput("resume: name the folder of the checkpoint with out")
+        self.settings = {**settings, "teacher": fingerprint(teacher)}
+        self.teacher, self.student, self.generator, self.device, self.evaluate = teacher, student, generator, device, evaluate
+        self.out, self.resume, self.checkpoint_every = out and Path(out), resume, checkpoint_every
+        self.parts = {"student": student, "generator": generator, **parts}
+        self.step, self.seconds, self.figures, self.rows, self.requests, self.lock = 0, 0.0, {}, [], [], None
+
+    def __enter__(self):
+        if self.out is not None:
+            check_folder(self.out, self.resume)
+            self.lock = lock_folder(self.out)
+        if threading.current_thread() is threading.main_thread():  # no other may catch signals
+            self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            if self.resume:
+                self.load()
+            else:
+                self.measure("fp")
+                if self.out is not None:
+                    self.set_aside()
+        except BaseException:
+            self.__exit__()
+            raise
+        print("  ".join(f"{key}={value}" for key, value in self.settings.items()) + f"  device={self.device}", flush=True)
+        self.progress = Progress(METHOD, self.settings["iterations"], self.step)
+        self.start = self.saved = time.monotonic()
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in getattr(self, "handlers", {}).items():
+            signal.signal(number, handler)
+        if self.lock is not None:
+            os.close(self.lock)
+
+    def stop(self, number, frame):
+        """Signal handler: the loop stops between two iterations; asked a second time, or outside of it, at once."""
+        if self.requests or not hasattr(self, "start"):
+            raise KeyboardInterrupt
+        self.requests.append(number)
+
+    def report(self, step, losses):
+        """After each iteration. step: iterations done. losses: name -> scalar tensor, read only when it is written."""
+        iterations, self.step = self.settings["iterations"], step
+        self.progress(step, losses)
+        if step % max(1, iterations // 200) == 0 or step == iterations:
+            self.rows.append({"step": step, **{key: float(value) for key, value in losses.items()}})
+        if self.requests or step == iterations or time.monotonic() - self.saved > self.checkpoint_every:
+            self.save()
+        if self.requests:
+            where = f"saved in {self.out}, --resume goes on from there" if self.out else "nothing saved without `out`"
+            raise KeyboardInterrupt(f"stopped after iteration {step} of {iterations}; {where}")
+
+    def measure(self, name):
+        """figures: NAME_top1, in percent, if there is a way to measure it. Leaves the random numbers as they are."""
+        if self.evaluate is not None:
+            with torch.random.fork_rng(devices=[]):
+                self.figures[f"{name}_top1"] = self.evaluate(self.teacher if name == "fp" else self.student)
+        if name != "fp":
+            self.figures[f"{name}_agreement"], self.figures["recognised"] = self.agreement()
+
+    @torch.no_grad()
+    def agreement(self):
+        """On fresh synthetic images, in percent: how often the student's first choice is the teacher's, and how often
+        the teacher's is the label that the image was drawn for."""
+        count = min(1000, self.settings["iterations"] * self.settings["batch_size"])  # fewer in a run of a few iterations
+        agree = recognised = 0
+        for images, labels in self.fresh_images(count):
+            choice = self.teacher(images).argmax(1)
+            agree += (self.student(images).argmax(1) == choice).sum()
+            recognised += (choice == labels).sum()
+        return 100 * agree.item() / count, 100 * recognised.item() / count
+
+    @torch.no_grad()
+    def fresh_images(self, count, seed=1):
+        """Batches of generated images and their labels, the same for the same seed, without using up random numbers."""
+        random = torch.Generator().manual_seed(seed)
+        labels = torch.randint(self.settings["num_classes"], (count,), generator=random)
+        noise = torch.randn(count, self.generator.latent_dim, generator=random)
+        self.generator.eval()
+        for z, y in zip(noise.split(50), labels.split(50)):
+            yield self.generator(z.to(self.device), y.to(self.device)), y.to(self.device)
+        self.generator.train()
+
+    @torch.no_grad()
+    def save_samples(self):
+        """samples.png: generated images from the same noise each time, one row a class, ten classes at the most."""
+        num_classes, mean, std = (self.settings[key] for key in ("num_classes", "mean", "std"))
+        rows, columns = min(num_classes, 10), 8 if self.generator.start_size <= 16 else 4
+        labels = (torch.arange(rows) * num_classes // rows).repeat_interleave(columns).to(self.device)
+        z = torch.randn(len(labels), self.generator.latent_dim, generator=torch.Generator().manual_seed(0)).to(self.device)
+        images = self.generator.eval()(z, labels).float().cpu()
+        self.generator.train()
+        pixels = images * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+        with atomically(self.out / "samples.png") as path:
+            utils.save_image(pixels.clamp(0, 1), path, nrow=columns, format="png")
+
+    def save(self):
+        if self.out is None:
+            return
+        now = time.monotonic()
+        state = {"settings": self.settings, "step": self.step, "seconds": self.seconds + now - self.start,
+                 "figures": self.figures, "rows": self.rows, "rng": torch.get_rng_state(),
+                 "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                 **{name: part.state_dict() for name, part in self.parts.items()}}
+        with atomically(self.out / "checkpoint.pt") as path:
+            torch.save(state, path)
+        with atomically(self.out / "log.csv") as path, open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(self.rows[-1]) if self.rows else ["step"], restval="")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        self.save_samples()
+        self.saved = time.monotonic()
+
+    def load(self):
+        """Go on from checkpoint.pt. Raises BadInput if it cannot be read or was made with other settings."""
+        file = self.out / "checkpoint.pt"
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            made_with = state["settings"]
+        except Exception as error:
+            raise BadInput(f"--resume: {file} cannot be read ({first_line(error)}): start without --resume") from error
+        for key, value in self.settings.items():
+            if made_with.get(key) != value:
+                raise BadInput(f"--resume: the checkpoint in {self.out} was made with {key} = {made_with.get(key)}, now it "
+                               f"is {value}: use the same settings, or another --out")
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.step, self.seconds, self.figures, self.rows = (state[key] for key in ("step", "seconds", "figures", "rows"))
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+    def set_aside(self):
+        """Move the files of an earlier run in this folder into a folder of their own: nothing computed is ever lost."""
+        earlier = [self.out / name for name in ("checkpoint.pt", "result.json", "student.pt", "samples.png", "log.csv")
+                   if (self.out / name).exists()]
+        if earlier:
+            aside = next(path for path in (self.out / f"earlier-{n}" for n in itertools.count(1)) if not path.exists())
+            aside.mkdir()
+            for path in earlier:
+                os.replace(path, aside / path.name)
+            print(f"the earlier run in {self.out} is now in {aside}")
+
+    def finish(self):
+        """Measure the student; write student.pt and result.json, whose content is returned; print the line for people."""
+        self.seconds += time.monotonic() - self.start
+        self.measure("q")
+        self.student.to(memory_format=torch.contiguous_format)
+        files = io.BytesIO(), io.BytesIO()
+        torch.save(self.teacher.state_dict(), files[0])
+        torch.save({**pack(self.student), "settings": self.settings}, files[1])
+        fp_mb, q_mb = (file.getbuffer().nbytes / 1e6 for file in files)
+        cuda = self.device.type == "cuda"
+        result = {**self.settings, **self.figures, "seconds": round(self.seconds, 1),
+                  "iterations_per_s": round(self.step / self.seconds, 3), "peak_memory_mb": peak_memory_mb(self.device),
+                  "fp_mb": round(fp_mb, 3), "q_mb": round(q_mb, 3), "device": str(self.device), "device_name":
+                  torch.cuda.get_device_name(self.device) if cuda else f"CPU, {torch.get_num_threads()} threads",
+                  "torch": torch.__version__, "numpy": np.__version__}
+        if self.out is not None:
+            with atomically(self.out / "student.pt") as path:
+                path.write_bytes(files[1].getbuffer())
+            with atomically(self.out / "result.json") as path:
+                path.write_text(json.dumps(result, indent=2) + "\n")
+        w, a = self.settings["w_bits"], self.settings["a_bits"]
+        plain, smaller = f"plain {w}-bit" if w == a else f"plain W{w}A{a}", f"{fp_mb / q_mb:.1f}x smaller"
+        if self.evaluate is not None:
+            print(f"full precision {result['fp_top1']:.1f} %  {plain} {result['ptq_top1']:.1f} %  "
+                  f"{METHOD} {result['q_top1']:.1f} %  {smaller}")
+        else:
+            print(f"agreement with the teacher on synthetic images: {plain} {result['ptq_agreement']:.1f} %  "
+                  f"{METHOD} {result['q_agreement']:.1f} %  {smaller}")
+        return result
 
 
 def evaluate_student(args):
@@ -855,7 +900,7 @@ def evaluate_student(args):
     if not args.data and args.dataset != "shapes":
         raise BadInput("--evaluate needs --data FOLDER, the labelled images to measure on")
     model, _, _, _, preprocess, _ = build_teacher(args.arch, args.dataset)
-    device = choose_device(args.device)
+    device, _ = choose_device(args.device, "float32")
     student = unpack(packed, model).to(device)
     print(f"{args.evaluate}: top-1 {top1(student, load_images(args, preprocess), device):.2f} %")
 
@@ -872,8 +917,8 @@ def common_flags(parser):
         "class, directly or in val/ or test/, or torchvision's CIFAR folder (default: none, and only the agreement of "
         "student and teacher on synthetic images is reported)")
     add = parser.add_argument_group("quantization").add_argument
-    add("--w", type=int, metavar="BITS", help="bits of the weights, 2 to 8 (default: 4; 3 for shapes)")
-    add("--a", type=int, metavar="BITS", help="bits of the activations, 2 to 8 (default: 4; 3 for shapes); the "
+    add("--w", dest="w_bits", type=int, metavar="BITS", help="bits of the weights, 2 to 8 (default: 4; 3 for shapes)")
+    add("--a", dest="a_bits", type=int, metavar="BITS", help="bits of the activations, 2 to 8 (default: 4; 3 for shapes); the "
         "network's own input always has 8")
     add("--symmetric", action="store_true", help="signed codes with zero point 0 (default: asymmetric)")
     add = parser.add_argument_group("run").add_argument
@@ -881,23 +926,32 @@ def common_flags(parser):
         "imagenet, GDFQ's 400 epochs of 200; 1000 for CIFAR, a CPU user's budget; 500 for shapes)")
     add("--batch-size", type=int, metavar="N", help="synthetic images in an iteration (default: 16 for imagenet as in "
         "GDFQ, 64 for CIFAR, 32 for shapes)")
-    add("--seed", type=int, default=0, metavar="N", help="seed of all random numbers (default: 0)")
-    add("--device", default="auto", help="cuda, cuda:1, cpu, ... (default: cuda if there is one, else cpu)")
+    add("--warmup", type=float, metavar="SHARE", help="share of the iterations in which the generator learns alone "
+        "(default: %(default)s)")
+    add("--generator-lr", type=float, metavar="RATE", help="of Adam (default: %(default)s, GDFQ)")
+    add("--student-lr", type=float, metavar="RATE", help="of SGD, falling as a cosine to zero (default: %(default)s)")
+    add("--seed", type=int, metavar="N", help="seed of all random numbers (default: %(default)s)")
+    add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one, else cpu)")
+    add("--precision", help="float32, bfloat16, or auto (default): bfloat16 where the processor has it; of the convolutions "
+        "of generator and teacher in training, never of the student or of an accuracy")
     add("--out", metavar="FOLDER", help="where result.json, student.pt, checkpoint.pt, samples.png and log.csv go "
         "(default: a folder in out/ named after the settings); an earlier run there is moved aside, not lost")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, exactly")
-    add("--checkpoint-every", type=float, default=60, metavar="SECONDS", help="(default: 60); Ctrl-C saves one too")
+    add("--checkpoint-every", type=float, metavar="SECONDS", help="(default: %(default)s); Ctrl-C saves one too")
     add("--evaluate", metavar="STUDENT.pt", help="train nothing: measure this packed student on --data")
 
 
-def parse(parser, method, argv):
-    """The settings, defaults filled in. Raises BadInput for what can be seen to be wrong without any work."""
+def command_line(parser, argv):
+    """The command: `parser` has the flags, whose names and defaults are quantize's. All is checked before long work."""
     def error(message):
         raise BadInput(f"{message} (--help explains the flags)")
     parser.error = error
+    defaults = {name: value.default for name, value in inspect.signature(quantize).parameters.items()
+                if value.default is not inspect.Parameter.empty}
+    parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    if args.evaluate:
-        return args
+    if args.evaluate is not None:
+        return evaluate_student(args)
     names = ["shapes", "resnet20"] + models.list_models(module=models)
     if args.arch not in names:
         near = difflib.get_close_matches(args.arch, names, 3, 0.3)
@@ -905,17 +959,22 @@ def parse(parser, method, argv):
     args.dataset = args.dataset or {"shapes": "shapes", "resnet20": "cifar10"}.get(args.arch, "imagenet")
     if (args.arch == "shapes") != (args.dataset == "shapes"):
         raise BadInput("--arch shapes and --dataset shapes go together: change one of them")
-    *_, iterations, batch_size = DATASETS[args.dataset]
-    low = 3 if args.arch == "shapes" else 4
-    for name, default in (("w", low), ("a", low), ("iterations", iterations), ("batch_size", batch_size)):
+    *_, num_classes, iterations, batch_size = DATASETS[args.dataset]
+    bits = 3 if args.arch == "shapes" else 4
+    for name, default in (("w_bits", bits), ("a_bits", bits), ("iterations", iterations), ("batch_size", batch_size)):
         if getattr(args, name) is None:
             setattr(args, name, default)
-    for name in ("w", "a"):
-        if not 2 <= getattr(args, name) <= 8:
-            raise BadInput(f"--{name} {getattr(args, name)}: choose 2 to 8 bits")
-    args.out = args.out or os.path.join("out", f"{method}-{args.arch}-w{args.w}a{args.a}-seed{args.seed}")
-    check_folder(args.out, args.resume)
-    return args
+    out = args.out or os.path.join("out", f"{METHOD.lower()}-{args.arch}-w{args.w_bits}a{args.a_bits}-seed{args.seed}")
+    check_folder(out, args.resume)
+    model, image_size, mean, std, preprocess, published = build_teacher(args.arch, args.dataset)
+    options = {name: getattr(args, name, default) for name, default in defaults.items()} | dict(
+        image_size=image_size, num_classes=num_classes, w_bits=args.w_bits, a_bits=args.a_bits, mean=mean, std=std,
+        iterations=args.iterations, batch_size=args.batch_size, out=out, about={"arch": args.arch, "dataset": args.dataset})
+    check_settings(options)
+    device, _ = choose_device(args.device, args.precision)
+    images, teacher = load_images(args, preprocess), load_teacher(args, model, published)
+    options["evaluate"] = None if images is None else lambda model: top1(model, images, device)
+    return quantize(teacher, **options)
 
 
 def run(main):
@@ -931,38 +990,24 @@ def run(main):
 # ================================================================================================ shared plumbing: end
 
 
+RULES = {"margin": (lambda v: abs(v) < math.pi, "a number of radians between -pi and pi"),
+         "kd": (lambda v: v in ("kl", "dkd"), "kl or dkd"), "temperature": POSITIVE, "alpha": NOT_NEGATIVE,
+         "beta": NOT_NEGATIVE, "bns_weight": NOT_NEGATIVE, "generator_lr": NOT_NEGATIVE, "student_lr": NOT_NEGATIVE}
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common_flags(parser)
     add = parser.add_argument_group("method (--no-lka --margin 0 --kd kl: GDFQ, but for the differences named above)").add_argument
-    add("--no-lka", action="store_true", help="generator without large-kernel attention")
-    add("--margin", type=float, default=0.0, metavar="RADIANS", help="AMA's angular margin on the label's logit "
-        "(default: 0.0)")
-    add("--kd", choices=("dkd", "kl"), default="dkd", help="distillation: decoupled (default) or plain KL divergence")
-    add("--temperature", type=float, default=4.0, metavar="T", help="temperature of the distillation (default: 4, as in "
-        "the decoupled distillation paper)")
-    add("--alpha", type=float, default=1.0, help="weight of TCKD (default: 1)")
-    add("--beta", type=float, default=1.0, help="weight of NCKD (default: 1)")
-    add("--bns-weight", type=float, default=1.0, help="weight of L_BNS (default: 1; GDFQ has 0.1)")
-    add("--generator-lr", type=float, default=1e-3, metavar="RATE", help="of Adam (default: 0.001, GDFQ)")
-    add("--student-lr", type=float, default=3e-4, metavar="RATE", help="of SGD, falling as a cosine to zero (default: 0.0003)")
-    add("--warmup", type=float, default=0.15, metavar="SHARE", help="share of the iterations in which the generator "
-        "learns alone (default: 0.15)")
-    args = parse(parser, "lrq", argv)
-    if args.evaluate:
-        return evaluate_student(args)
-    model, image_size, mean, std, preprocess, published = build_teacher(args.arch, args.dataset)
-    options = dict(image_size=image_size, num_classes=DATASETS[args.dataset][3], w_bits=args.w, a_bits=args.a,
-                   symmetric=args.symmetric, iterations=args.iterations, batch_size=args.batch_size, seed=args.seed,
-                   lka=not args.no_lka, margin=args.margin, kd=args.kd, temperature=args.temperature, alpha=args.alpha,
-                   beta=args.beta, bns_weight=args.bns_weight, generator_lr=args.generator_lr, student_lr=args.student_lr,
-                   warmup=args.warmup)
-    check_options(**options)
-    device, images = choose_device(args.device), load_images(args, preprocess)
-    teacher = load_teacher(args, model, published)
-    quantize(teacher, **options, mean=mean, std=std, device=device, out=args.out, resume=args.resume,
-             evaluate=None if images is None else lambda model: top1(model, images, device),
-             checkpoint_every=args.checkpoint_every, about={"arch": args.arch, "dataset": args.dataset})
+    add("--no-lka", dest="lka", action="store_false", help="generator without large-kernel attention")
+    add("--margin", type=float, metavar="RADIANS", help="AMA's angular margin on the label's logit (default: %(default)s)")
+    add("--kd", choices=("dkd", "kl"), help="distillation: decoupled (default) or plain KL divergence")
+    add("--temperature", type=float, metavar="T", help="temperature of the distillation (default: %(default)s, as in the "
+        "decoupled distillation paper)")
+    add("--alpha", type=float, help="weight of TCKD (default: %(default)s)")
+    add("--beta", type=float, help="weight of NCKD (default: %(default)s)")
+    add("--bns-weight", type=float, help="weight of L_BNS (default: %(default)s; GDFQ has 0.1)")
+    command_line(parser, argv)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision import models
 
+import clusterq
 import lrq
 import quant
 
@@ -29,6 +30,11 @@ HERE = Path(__file__).parent
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=(lrq, clusterq), ids=("lrq", "clusterq"))
+def script(request):
+    return request.param
 
 
 # ------------------------------------------------------------------------------------------------ quant.py
@@ -271,22 +277,27 @@ def test_batch_norm_loss_against_numpy():
     assert np.isclose(lrq.batch_norm_loss(h, mu, var).item(), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("loss", ("ama", "bns"))
+@pytest.mark.parametrize("loss", ("ama", "bns", "sfda"))
 @pytest.mark.parametrize("num_classes", (7, 200))
 def test_generator_losses_train_every_parameter_of_the_generator(loss, num_classes):
+    script = clusterq if loss == "sfda" else lrq
     teacher = Odd()
     teacher.head = nn.Linear(12, num_classes)
     teacher.eval().requires_grad_(False)
-    generator = lrq.Generator(16, num_classes)
+    generator = script.Generator(16, num_classes)
     z, labels = torch.randn(8, generator.latent_dim), torch.randint(num_classes, (8,))
     images = generator(z, labels)
     assert images.shape == (8, 3, 16, 16)
     assert images.mean().abs() < 1e-4 and (images.std() - 1).abs() < 0.05
-    logits, features, inputs = lrq.teacher_forward(teacher, teacher.head, images)
+    logits, features, norms, inputs = script.teacher_forward(teacher, teacher.head, images)
     if loss == "ama":
-        F.cross_entropy(lrq.ama_logits(features, teacher.head.weight, teacher.head.bias, labels, 0.2), labels).backward()
+        value = F.cross_entropy(lrq.ama_logits(features, teacher.head.weight, teacher.head.bias, labels, 0.2), labels)
+    elif loss == "bns":
+        value = lrq.batch_norm_loss(inputs, [l.running_mean for l in norms], [l.running_var for l in norms])
     else:
-        lrq.batch_norm_loss([h for _, h in inputs], [l.running_mean for l, _ in inputs], [l.running_var for l, _ in inputs]).backward()
+        means, variances = clusterq.semantic_statistics(inputs, [1.0])
+        value = clusterq.sfda_loss(means, variances, torch.randn(8, 8), torch.rand(8, 8), torch.full((8,), 1 / 8), labels >= 0)
+    value.backward()
     dead = [name for name, p in generator.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     # A constant added in front of a batch norm changes nothing: only rounding reaches those biases.
     assert not [name for name in dead if not name.endswith("bias")]
@@ -313,6 +324,88 @@ def test_generator_has_a_long_range_only_with_attention():
     assert not any(isinstance(layer, lrq.LargeKernelAttention) for layer in lrq.Generator(16, 7, lka=False).modules())
 
 
+def statistics_of(*shapes):
+    inputs = [torch.randn(shape) * 2 + 1 for shape in shapes]
+    weight = torch.cat([torch.full((shape[1],), 1 / shape[1] / len(shapes)) for shape in shapes])
+    return inputs, weight, clusterq.semantic_statistics(inputs, [1.0] * len(shapes))
+
+
+def test_alignment_loss_against_numpy():
+    inputs, weight, (means, variances) = statistics_of((4, 3, 5, 5), (4, 6, 2, 2))
+    mu, var, seen = torch.randn(4, 9), torch.rand(4, 9), torch.tensor([True, False, True, True])
+    per_image = []
+    for i in range(4):
+        layers = [(h[i].numpy(), part) for h, part in zip(inputs, (slice(0, 3), slice(3, 9)))]
+        per_image.append(np.mean([((h.mean((1, 2)) - mu[i, part].numpy()) ** 2).mean() +
+                                  ((h.var((1, 2)) - var[i, part].numpy()) ** 2).mean() for h, part in layers]))
+    expected = np.mean([value for value, one in zip(per_image, seen) if one])
+    assert np.isclose(clusterq.sfda_loss(means, variances, mu, var, weight, seen).item(), expected, rtol=1e-5)
+    assert clusterq.sfda_loss(means, variances, mu, var, weight, torch.zeros(4, dtype=torch.bool)) == 0
+
+
+def test_alignment_pulls_towards_the_centroid_and_rests_on_it():
+    inputs, weight, _ = statistics_of((4, 3, 5, 5), (4, 6, 2, 2))
+    inputs = [h.requires_grad_() for h in inputs]
+    means, variances = clusterq.semantic_statistics(inputs, [1.0, 1.0])
+    seen = torch.ones(4, dtype=torch.bool)
+    clusterq.sfda_loss(means, variances, means.detach(), variances.detach(), weight, seen).backward(retain_graph=True)
+    assert all((h.grad == 0).all() for h in inputs)
+    noise = clusterq.intra_class_noise(torch.randn(4, 10), torch.randn(10, 9), 0.3)
+    seen[1] = False
+    clusterq.sfda_loss(means, variances, means.detach() + noise, variances.detach() + noise, weight, seen).backward()
+    assert all(h.grad[i].abs().sum() > 0 for h in inputs for i in (0, 2, 3)) and all((h.grad[1] == 0).all() for h in inputs)
+
+
+def test_noise_round_the_centroid_has_its_size_and_belongs_to_z():
+    z, directions = torch.randn(500, 100), torch.randn(100, 30)
+    noise = clusterq.intra_class_noise(z, directions, 0.3)
+    assert (noise.std() - 0.3).abs() < 0.03 and noise.mean().abs() < 0.03
+    assert torch.equal(noise, clusterq.intra_class_noise(z, directions, 0.3)) and (noise[0] != noise[1]).all()
+    assert (clusterq.intra_class_noise(z, directions, 0.0) == 0).all()
+
+
+BATCHES = {"usual": ([0, 1, 1, 4, 0, 1], [1, 1, 0, 1, 1, 1]), "one class": ([2] * 6, [1, 0, 1, 1, 1, 1]),
+           "all labels wrong": ([0, 1, 2, 3, 4, 0], [0] * 6)}
+
+
+@pytest.mark.parametrize("num_classes", (5, 1000))  # K > B too
+@pytest.mark.parametrize("rho", (0.2, 0.0, None))
+def test_centroids_against_a_plain_loop(num_classes, rho):
+    centroids = clusterq.Centroids(num_classes, 3)
+    expected, count = np.zeros((2, num_classes, 3)), np.zeros(num_classes)
+    for labels, recognised in list(BATCHES.values()) * 2:
+        values = torch.randn(2, 6, 3)
+        centroids.update(*values, torch.tensor(labels), torch.tensor(recognised, dtype=torch.bool), rho)
+        for c in set(labels):
+            own = [i for i in range(6) if labels[i] == c and recognised[i]]
+            if own:
+                mean = values[:, own].numpy().mean(1)
+                rate = len(own) / (count[c] + len(own)) if rho is None else rho if count[c] else 1
+                expected[:, c] = (1 - rate) * expected[:, c] + rate * mean
+                count[c] += len(own)
+        assert np.allclose(torch.stack([centroids.means, centroids.variances]).numpy(), expected, atol=1e-6)
+        assert centroids.seen.tolist() == (count > 0).tolist()
+    assert not centroids.seen[3] and (centroids.means[3] == 0).all()
+
+
+def test_hooks_are_removed_after_an_exception(script):
+    teacher = Odd().eval()
+    with pytest.raises(RuntimeError):
+        script.teacher_forward(teacher, teacher.head, torch.randn(2, 5, 16, 16))
+    assert not any(layer._forward_pre_hooks for layer in teacher.modules())
+
+
+def test_separability_is_the_ratio_of_variances():
+    teacher = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2)).eval()
+    for p, value in zip(teacher.parameters(), (torch.eye(2).view(2, 2, 1, 1), torch.zeros(2), None, None, torch.eye(2), torch.zeros(2))):
+        p.data.copy_(p.data if value is None else value)
+    x = torch.tensor([[5.0, 0], [7, 0], [0, 5], [0, 7]]).view(4, 2, 1, 1)
+    watched = clusterq.Watched(teacher, teacher[-1])
+    watched(x[:3]), watched(x[3:])
+    at_norm, at_classifier, spread = watched.separability()
+    assert np.isclose(at_norm, 18 / 1) and np.isclose(at_classifier, 18, rtol=1e-3) and np.isclose(spread, 0.5 ** 0.5, rtol=1e-3)
+
+
 # ------------------------------------------------------------------------------------------------ quantize(...)
 
 SMALL = dict(image_size=16, num_classes=7, w_bits=3, a_bits=3, mean=(0.5,) * 3, std=(0.25,) * 3, batch_size=8, device="cpu")
@@ -323,39 +416,39 @@ def teacher():
     return Odd().eval()
 
 
-def test_quantize_leaves_the_teacher_as_it_is(teacher):
+def test_quantize_leaves_the_teacher_as_it_is(teacher, script):
     before = state_bytes(teacher)
     teacher.train()
     teacher.bn.register_forward_hook(lambda *_: pytest.fail("a hook of the user's was called"))
-    student, result = lrq.quantize(teacher, **SMALL, iterations=4)
+    student, result = script.quantize(teacher, **SMALL, iterations=4)
     assert same(before, state_bytes(teacher)) and teacher.training and len(teacher.bn._forward_hooks) == 1
     assert torch.equal(student.bn.running_mean, teacher.bn.running_mean)
     assert not torch.equal(student.stem.weight, teacher.stem.weight)
     assert 0 <= result["ptq_agreement"] <= 100 and "q_top1" not in result
 
 
-def test_quantize_is_the_same_for_the_same_seed(teacher):
-    a, b, c = (lrq.quantize(teacher, **SMALL, iterations=4, seed=seed)[0] for seed in (1, 1, 2))
+def test_quantize_is_the_same_for_the_same_seed(teacher, script):
+    a, b, c = (script.quantize(teacher, **SMALL, iterations=4, seed=seed)[0] for seed in (1, 1, 2))
     assert same(state_bytes(a), state_bytes(b)) and not same(state_bytes(a), state_bytes(c))
 
 
 @pytest.mark.parametrize("stop_at", (2, 5, 8))
-def test_resume_gives_the_same_bits_as_an_uninterrupted_run(teacher, tmp_path, stop_at, monkeypatch):
+def test_resume_gives_the_same_bits_as_an_uninterrupted_run(teacher, tmp_path, stop_at, monkeypatch, script):
     arguments = dict(SMALL, iterations=8, warmup=0.5, evaluate=lambda model: 50.0)
-    whole, expected = lrq.quantize(teacher, **arguments, out=tmp_path / "whole")
-    real_loss, calls = lrq.batch_norm_loss, []
+    whole, expected = script.quantize(teacher, **arguments, out=tmp_path / "whole")
+    real_loss, calls = script.batch_norm_loss, []
 
     def interrupting(*args):
         calls.append(1)
         if len(calls) == stop_at:
             os.kill(os.getpid(), signal.SIGINT)
         return real_loss(*args)
-    monkeypatch.setattr(lrq, "batch_norm_loss", interrupting)
+    monkeypatch.setattr(script, "batch_norm_loss", interrupting)
     with pytest.raises(KeyboardInterrupt, match=f"iteration {stop_at} of 8"):
-        lrq.quantize(teacher, **arguments, out=tmp_path / "parts")
-    with pytest.raises(lrq.BadInput, match="seed"):
-        lrq.quantize(teacher, **arguments, seed=5, out=tmp_path / "parts", resume=True)
-    parts, result = lrq.quantize(teacher, **arguments, out=tmp_path / "parts", resume=True)
+        script.quantize(teacher, **arguments, out=tmp_path / "parts")
+    with pytest.raises(script.BadInput, match="seed"):
+        script.quantize(teacher, **arguments, seed=5, out=tmp_path / "parts", resume=True)
+    parts, result = script.quantize(teacher, **arguments, out=tmp_path / "parts", resume=True)
     assert len(calls) == 8 and same(state_bytes(whole), state_bytes(parts))
     assert (tmp_path / "whole/log.csv").read_text() == (tmp_path / "parts/log.csv").read_text()
     for key in ("fp_top1", "ptq_agreement", "q_agreement", "recognised"):
@@ -364,25 +457,25 @@ def test_resume_gives_the_same_bits_as_an_uninterrupted_run(teacher, tmp_path, s
 
 @pytest.mark.parametrize("change, message", (
     (dict(image_size=18), "multiple of 4"), (dict(num_classes=8), "num_classes"), (dict(classifier="stem2"), "stem2"),
-    (dict(classifier="twice"), "classifier"), (dict(w_bits=1), "2 to 8"), (dict(margin=float("nan")), "margin"),
+    (dict(classifier="twice"), "classifier"), (dict(w_bits=1), "2 to 8"), (dict(bns_weight=float("nan")), "bns-weight"),
     (dict(student_lr=float("inf")), "student-lr"), (dict(out="/dev/null/x"), "/dev/null/x")))
-def test_quantize_refuses_what_it_cannot_use(teacher, change, message):
-    with pytest.raises(lrq.BadInput, match=message):
-        lrq.quantize(teacher, **{**SMALL, "iterations": 4, **change})
+def test_quantize_refuses_what_it_cannot_use(teacher, change, message, script):
+    with pytest.raises(script.BadInput, match=message):
+        script.quantize(teacher, **{**SMALL, "iterations": 4, **change})
 
 
-def test_a_teacher_that_gives_nan_or_has_no_batch_norm_is_refused(teacher):
+def test_a_teacher_that_gives_nan_or_has_no_batch_norm_is_refused(teacher, script):
     teacher.last.weight.data[0, 0] = torch.nan
-    with pytest.raises(lrq.BadInput, match="NaN"):
-        lrq.quantize(teacher, **SMALL, iterations=4)
+    with pytest.raises(script.BadInput, match="NaN"):
+        script.quantize(teacher, **SMALL, iterations=4)
     plain = nn.Sequential(nn.Conv2d(3, 7, 16), nn.Flatten(), nn.Linear(7, 7))
-    with pytest.raises(lrq.BadInput, match="batch norm"):
-        lrq.quantize(plain, **SMALL, iterations=4)
+    with pytest.raises(script.BadInput, match="batch norm"):
+        script.quantize(plain, **SMALL, iterations=4)
 
 
-def test_a_convolution_can_be_the_classifier():
+def test_a_convolution_can_be_the_classifier(script):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 7, 1), nn.Flatten())
-    student, result = lrq.quantize(model, **SMALL, iterations=3, margin=0.1)
+    student, result = script.quantize(model, **SMALL, iterations=3)
     assert student(torch.randn(2, 3, 16, 16)).shape == (2, 7)
 
 
@@ -424,37 +517,37 @@ BAD_INPUT = (
     (RESNET20 + " --data {0}/none", "--data {0}/none"), (RESNET20 + " --data {0}/empty", "--data {0}/empty"),
     (RESNET20 + " --data {0}/nine", "9 classes"), (RESNET20 + " --data {0}/broken", "class3/0.png"),
     (RESNET20 + " --out {0}/file", "--out {0}/file"), (RESNET20 + " --out {0}/file/folder", "--out {0}/file/folder"),
-    (RESNET20 + " --resume --out {0}/empty", "--resume"), (RESNET20 + " --batch-size 1", "batch size 1"),
-    (RESNET20 + " --batch-size 0", "batch size 0"), (RESNET20 + " --iterations 0", "iterations 0"),
-    (RESNET20 + " --margin inf", "margin inf"), (RESNET20 + " --margin nan", "margin nan"),
-    (RESNET20 + " --warmup 1", "warmup"), (RESNET20 + " --device cuda:99", "--device cuda:99"), ("--dataset cifar11", "--dataset"),
+    (RESNET20 + " --resume --out {0}/empty", "--resume"), (RESNET20 + " --batch-size 1", "--batch-size 1"),
+    (RESNET20 + " --batch-size 0", "--batch-size 0"), (RESNET20 + " --iterations 0", "--iterations 0"),
+    (RESNET20 + " --margin inf", "--margin inf"), (RESNET20 + " --margin nan", "--margin nan"),
+    (RESNET20 + " --warmup 1", "--warmup 1"), (RESNET20 + " --precision int8", "--precision int8"), (RESNET20 + " --device cuda:99", "--device cuda:99"), ("--dataset cifar11", "--dataset"),
     ("--arch resnet18 --dataset cifar10", "--weights"), ("--arch resnet20 --dataset imagenet", "--weights"), ("--no-such-flag", "--no-such-flag"),
     ("--evaluate {0}/text.pt", "text.pt"), ("--evaluate {0}/none.pt", "none.pt"))
 
 
-def command(arguments, folder, monkeypatch):
+def command(script, arguments, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["lrq.py"])
-    lrq.run(lambda: lrq.main(shlex.split(arguments.format(folder))))
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])
+    script.run(lambda: script.main(shlex.split(arguments.format(folder))))
 
 
 @pytest.mark.parametrize("arguments, message", BAD_INPUT)
-def test_bad_input_is_one_clear_line(arguments, message, made, monkeypatch, capsys):
+def test_bad_input_is_one_clear_line(arguments, message, made, monkeypatch, capsys, script):
     with pytest.raises(SystemExit) as stop:
-        command(arguments, made, monkeypatch)
+        command(script, arguments, made, monkeypatch)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("lrq.py: ") and error.count("\n") == 1, error
+    assert stop.value.code == 2 and error.startswith(f"{script.__name__}.py: ") and error.count("\n") == 1, error
     assert message.format(made) in error
 
 
-def test_weights_that_cannot_be_fetched_are_said_so(made, monkeypatch, capsys):
+def test_weights_that_cannot_be_fetched_are_said_so(made, monkeypatch, capsys, script):
     def refuse(*args, **kwargs):
         raise OSError("no network")
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     monkeypatch.setenv("TORCH_HOME", str(made / "nothing cached"))
     for arch in ("resnet18", "resnet20"):
         with pytest.raises(SystemExit):
-            command(f"--arch {arch} --w 4 --a 4", made, monkeypatch)
+            command(script, f"--arch {arch} --w 4 --a 4", made, monkeypatch)
         error = capsys.readouterr().err
         assert "could not be fetched" in error and "--weights" in error and error.count("\n") == 1
 
@@ -462,37 +555,38 @@ def test_weights_that_cannot_be_fetched_are_said_so(made, monkeypatch, capsys):
 FILES = ["checkpoint.pt", "log.csv", "result.json", "samples.png", "student.pt"]
 
 
-def test_a_whole_run_of_the_command(made, monkeypatch, capsys):
-    arguments = RESNET20 + " --w 4 --a 4 --data {0}/images --out {0}/run"
-    process = subprocess.run([sys.executable, HERE / "lrq.py", *shlex.split(arguments.format(made))], capture_output=True, text=True)
+def test_a_whole_run_of_the_command(made, monkeypatch, capsys, script):
+    arguments = RESNET20 + " --w 4 --a 4 --data {0}/images --out {0}/run-" + script.__name__
+    run = made / f"run-{script.__name__}"
+    process = subprocess.run([sys.executable, HERE / f"{script.__name__}.py", *shlex.split(arguments.format(made))], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     last = process.stdout.splitlines()[-1]
-    assert re.fullmatch(r"full precision [\d.]+ %  plain 4-bit [\d.]+ %  LRQ [\d.]+ %  [\d.]+x smaller", last), last
-    assert sorted(path.name for path in (made / "run").iterdir()) == FILES
-    result = json.loads((made / "run/result.json").read_text())
+    assert re.fullmatch(rf"full precision [\d.]+ %  plain 4-bit [\d.]+ %  {script.METHOD} [\d.]+ %  [\d.]+x smaller", last), last
+    assert sorted(path.name for path in (run).iterdir()) == FILES
+    result = json.loads((run / "result.json").read_text())
     assert result["w_bits"] == 4 and result["q_mb"] < result["fp_mb"] / 4 and result["seed"] == 0 and result["arch"] == "resnet20"
-    rows = (made / "run/log.csv").read_text().splitlines()
-    assert rows[0] == "step,L_AMA,L_BNS,L_CE,L_DKD" and len(rows) == 5 and "nan" not in "".join(rows)
-    assert Image.open(made / "run/samples.png").size == (8 * 34 + 2, 10 * 34 + 2)
+    rows = (run / "log.csv").read_text().splitlines()
+    assert rows[0] == {lrq: "step,L_AMA,L_BNS,L_CE,L_DKD", clusterq: "step,L_CE,L_BNS,L_SFDA,L_QCE,L_KL"}[script] and len(rows) == 5 and "nan" not in "".join(rows)
+    assert Image.open(run / "samples.png").size == (8 * 34 + 2, 10 * 34 + 2)
 
-    command(f"--evaluate {made}/run/student.pt --data {made}/images", made, monkeypatch)
+    command(script, f"--evaluate {run}/student.pt --data {made}/images", made, monkeypatch)
     assert f"top-1 {result['q_top1']:.2f} %" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        command(f"--evaluate {made}/run/student.pt", made, monkeypatch)
+        command(script, f"--evaluate {run}/student.pt", made, monkeypatch)
     assert "--data" in capsys.readouterr().err
 
-    command(arguments + " --resume", made, monkeypatch)  # of a run that is over: evaluates again, and changes nothing
-    assert json.loads((made / "run/result.json").read_text())["q_top1"] == result["q_top1"]
-    command(arguments + " --seed 1", made, monkeypatch)  # another run there: the first one is moved aside
-    assert sorted(path.name for path in (made / "run/earlier-1").iterdir()) == FILES
+    command(script, arguments + " --resume", made, monkeypatch)  # of a run that is over: evaluates again, and changes nothing
+    assert json.loads((run / "result.json").read_text())["q_top1"] == result["q_top1"]
+    command(script, arguments + " --seed 1", made, monkeypatch)  # another run there: the first one is moved aside
+    assert sorted(path.name for path in (run / "earlier-1").iterdir()) == FILES
 
 
-def test_resnet18_at_224_without_data(made, monkeypatch, capsys):
-    command("--arch resnet18 --w 4 --a 4 --weights {0}/resnet18.pt --iterations 2 --batch-size 2 --warmup 0.5 --out {0}/large",
+def test_resnet18_at_224_without_data(made, monkeypatch, capsys, script):
+    command(script, "--arch resnet18 --w 4 --a 4 --weights {0}/resnet18.pt --iterations 2 --batch-size 2 --warmup 0.5 --out {0}/large-" + script.__name__,
             made, monkeypatch)
     assert "agreement with the teacher on synthetic images: plain 4-bit" in capsys.readouterr().out.splitlines()[-1]
-    assert sorted(path.name for path in (made / "large").iterdir()) == FILES
-    result = json.loads((made / "large/result.json").read_text())
+    assert sorted(path.name for path in (made / f"large-{script.__name__}").iterdir()) == FILES
+    result = json.loads((made / f"large-{script.__name__}/result.json").read_text())
     assert 44 < result["fp_mb"] < 48 and 5.5 < result["q_mb"] < 6.5 and "q_top1" not in result
 
 
@@ -516,25 +610,26 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", (HERE / "README.md").read_text(), re.S)
 
 
-def test_readme_commands_have_flags_that_exist(tmp_path, monkeypatch):
+def test_readme_commands_have_flags_that_exist(tmp_path, monkeypatch, script):
     monkeypatch.chdir(tmp_path)
-    commands = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines() if "lrq.py" in line]
-    assert len(commands) >= 5 and any(line.endswith("&& python lrq.py") for line in commands)
+    name = f"python {script.__name__}.py"
+    commands = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines() if name in line]
+    assert len(commands) >= 3
 
     class Parsed(Exception):
         pass
 
     def parsed(*args, **kwargs):
         raise Parsed
-    monkeypatch.setattr(lrq, "build_teacher", parsed)
-    monkeypatch.setattr(lrq, "evaluate_student", parsed)
+    monkeypatch.setattr(script, "build_teacher", parsed)
+    monkeypatch.setattr(script, "evaluate_student", parsed)
     for line in commands:
-        arguments = shlex.split(line.split("lrq.py", 1)[1], comments=True)
+        arguments = shlex.split(line.split(name, 1)[1], comments=True)
         if "--resume" in arguments:
             Path(arguments[arguments.index("--out") + 1]).mkdir(parents=True, exist_ok=True)
             Path(arguments[arguments.index("--out") + 1], "checkpoint.pt").touch()
         with pytest.raises(Parsed):
-            lrq.main(arguments)
+            script.main(arguments)
 
 
 def test_readme_python_runs(tmp_path, monkeypatch):
@@ -551,6 +646,13 @@ def test_drawn_pictures_are_ten_classes_of_valid_images():
     assert torch.equal(images, lrq.draw_shapes(200, seed=3)[0]) and not torch.equal(images, lrq.draw_shapes(200, seed=4)[0])
 
 
+def test_plumbing_of_the_two_scripts_is_the_same_byte_for_byte():
+    begin, end = b"shared plumbing: begin", b"shared plumbing: end"
+    texts = [(HERE / name).read_bytes() for name in ("lrq.py", "clusterq.py")]
+    one, other = (text[text.index(begin):text.index(end)] for text in texts)
+    assert one == other and len(one) > 10000
+
+
 def test_files_state_their_licence():
-    for name in ("lrq.py", "quant.py", "test_smoke.py"):
+    for name in ("lrq.py", "clusterq.py", "quant.py", "test_smoke.py"):
         assert (HERE / name).read_text().startswith("# SPDX-License-Identifier: MIT\n")

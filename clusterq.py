@@ -1,0 +1,1077 @@
+# SPDX-License-Identifier: MIT
+"""ClusterQ: semantic feature distribution alignment for data-free quantization (arXiv 2205.00179; ICDM 2022).
+
+A trained classifier P becomes a low-bit one, Q, without any of its data: a generator G learns to draw images whose
+batch-norm statistics and classes are those that P remembers, and whose deep features cluster by class as real ones do;
+Q learns from P on them.
+
+    python clusterq.py                                    # offline demonstration, under three minutes on two CPU cores
+    python clusterq.py --arch resnet18 --w 4 --a 4        # an ImageNet network
+    python clusterq.py --help                             # every flag, its default and where that comes from
+
+The algorithm, as numbered in quantize():
+ 1. Once, after the generator's warm-up: each class's centroid, and the ranges of Q's activations, from its images.
+ 2. Draw noise z and labels y, and images x = G(z, y) from them.
+ 3. Generator step on L_G = L_CE + a L_BNS + b L_SFDA, through the frozen P; G learns alone, without L_SFDA, at first.
+ 4. The centroids follow the images as exponential moving averages.
+ 5. Student step on the same images: L_Q = CE(Q(x), y) + KL(P(x) || Q(x)) T^2.
+ 6. Report and save.
+ 7. Evaluate, and write Q as integers.
+
+Differences from the paper and from its published code are listed in the README: the noise round a centroid is a
+function of z here, where a fresh draw would average out and spread nothing; features are measured in units of their
+layer's standard deviation; the centroids are each class's own, from images that P recognises.
+
+Shapes: B batch_size, K num_classes, D features, S image_size, C channels (of all semantic layers together), H and W.
+"""
+import argparse
+import contextlib
+import csv
+import difflib
+import hashlib
+import inspect
+import io
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchvision import datasets, models, transforms, utils
+
+from quant import copy_without_hooks, freeze, observe, pack, quantize_model, unpack
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows
+    fcntl = resource = None
+
+METHOD = "ClusterQ"
+
+
+# ------------------------------------------------------------------------------------------------ generator
+
+class ConditionalBatchNorm2d(nn.Module):
+    """Batch norm whose weight and bias are looked up by class: (B, C, H, W), (B,) -> (B, C, H, W)."""
+
+    def __init__(self, channels, num_classes):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.weight, self.bias = nn.Embedding(num_classes, channels), nn.Embedding(num_classes, channels)
+        nn.init.ones_(self.weight.weight)
+        nn.init.zeros_(self.bias.weight)
+
+    def forward(self, x, labels):
+        return self.norm(x) * self.weight(labels)[:, :, None, None] + self.bias(labels)[:, :, None, None]
+
+
+class Generator(nn.Module):
+    """G(z, y): noise (B, latent_dim) and labels (B,) -> images (B, 3, S, S) of zero mean and unit variance.
+
+    GDFQ's generator (arXiv 2003.03603). Up to 100 classes an embedding of the label is added to z (GDFQ multiplies: see
+    the README); above, the label enters through conditional batch norm.
+    """
+
+    def __init__(self, image_size, num_classes, channels=3, latent_dim=100):
+        super().__init__()
+        self.latent_dim, self.start_size = latent_dim, image_size // 4
+        self.conditional = num_classes > 100
+        if not self.conditional:
+            self.embedding = nn.Embedding(num_classes, latent_dim)
+        norm = (lambda c: ConditionalBatchNorm2d(c, num_classes)) if self.conditional else nn.BatchNorm2d
+        self.linear = nn.Linear(latent_dim, 128 * self.start_size ** 2)
+        self.norm0 = norm(128)
+        self.conv1, self.norm1 = nn.Conv2d(128, 128, 3, padding=1), norm(128)
+        self.conv2, self.norm2 = nn.Conv2d(128, 64, 3, padding=1), norm(64)
+        self.conv3, self.norm3 = nn.Conv2d(64, channels, 3, padding=1), nn.BatchNorm2d(channels, affine=False)
+
+    def forward(self, z, labels):
+        def normalise(norm, x):
+            return norm(x, labels) if self.conditional else norm(x)
+
+        if not self.conditional:
+            z = z + self.embedding(labels)
+        x = self.linear(z).view(len(z), 128, self.start_size, self.start_size)          # (B, 128, S/4, S/4)
+        x = F.interpolate(normalise(self.norm0, x), scale_factor=2)                     # (B, 128, S/2, S/2)
+        x = F.leaky_relu(normalise(self.norm1, self.conv1(x)), 0.2)
+        x = F.interpolate(x, scale_factor=2)                                            # (B, 128, S, S)
+        x = F.leaky_relu(normalise(self.norm2, self.conv2(x)), 0.2)                     # (B, 64, S, S)
+        return self.norm3(torch.tanh(self.conv3(x).float()))                            # (B, 3, S, S)
+
+
+# ------------------------------------------------------------------------------------------------ losses
+
+def batch_norm_loss(inputs, running_means, running_vars, units=None):
+    """L_BNS = mean over layers l of MSE(mean(h_l), mu_l) + MSE(var(h_l), var_l)          (GDFQ, arXiv 2003.03603, eq. 4)
+
+    inputs: the h_l, each (B, C_l, H, W); running_means, running_vars: mu_l and var_l, each (C_l,). Mean and biased
+    variance are over batch, height and width; MSE is the mean over channels. units: s_l, one number a layer, in which
+    h_l is measured (1 if None): with s_l^2 = mean(var_l) every layer counts alike, whatever the size of its values.
+    """
+    loss, units = 0, units or [1] * len(inputs)
+    for h, mu, var, s in zip(inputs, running_means, running_vars, units):
+        batch_var, batch_mean = torch.var_mean(h.float(), (0, 2, 3), unbiased=False)
+        loss = loss + F.mse_loss(batch_mean / s, mu / s) + F.mse_loss(batch_var / s ** 2, var / s ** 2)
+    return loss / len(inputs)
+
+
+def semantic_statistics(inputs, units):
+    """Means m_il and variances v_il over height and width, of each image i and channel of layer l: (B, C), (B, C).
+
+    inputs: the h_l of the semantic layers, each (B, C_l, H, W); the channels of all layers stand side by side, C in all.
+    units: s_l, one number a layer, in which m is measured (v in its square). Source: ClusterQ, arXiv 2205.00179.
+    """
+    pairs = [torch.var_mean(h.float(), (2, 3), unbiased=False) for h in inputs]
+    return (torch.cat([mean / s for (_, mean), s in zip(pairs, units)], 1),
+            torch.cat([var / s ** 2 for (var, _), s in zip(pairs, units)], 1))
+
+
+def sfda_loss(means, variances, target_means, target_variances, channel_weight, seen):
+    """L_SFDA = mean_l [ MSE(m_il, mu_{y_i,l} + e) + MSE(v_il, var_{y_i,l} + e') ]     (arXiv 2205.00179; our DESIGN of it)
+
+    means, variances: m_il and v_il, (B, C). target_*: each image's centroid, noise included, (B, C). channel_weight:
+    1 / (layers * C_l) for a channel of layer l, (C,), which makes the sum over channels a mean over a layer's channels
+    and over layers. seen: (B,), whether the class has a centroid; the mean is over those images, 0 if there are none.
+    """
+    distance = ((means - target_means).square() + (variances - target_variances).square()) @ channel_weight     # (B,)
+    return (distance * seen).sum() / seen.sum().clamp(min=1)
+
+
+def intra_class_noise(z, directions, amplitude):
+    """e: what an image's target lies off its class's centroid, (B, C), each value of standard deviation `amplitude`.
+
+    z: the image's own noise, (B, latent_dim). directions: fixed, N(0, 1), (latent_dim, C). Drawn anew in each iteration
+    instead, e would be nothing that G can know: the expected gradient is that of no noise, and images of a class
+    still collapse onto the centroid. As a function of z it asks for images that differ as their z do.
+    """
+    return amplitude * (z @ directions) / z.shape[1] ** 0.5
+
+
+def kd_loss(student_logits, teacher_logits, temperature):
+    """KL(P || Q) T^2 of the softened distributions, averaged over the batch: (B, K), (B, K) -> scalar.
+
+    T^2 keeps the gradient's size as T changes (Hinton et al., arXiv 1503.02531, section 2).
+    """
+    log_q = F.log_softmax(student_logits / temperature, 1)
+    log_p = F.log_softmax(teacher_logits / temperature, 1)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature ** 2
+
+
+# ------------------------------------------------------------------------------------------------ batch-norm statistics
+
+def teacher_forward(teacher, classifier, images):
+    """One forward pass of the teacher, seen from inside: (logits, features, norms, inputs).
+
+    logits: (B, K). features: f, the classifier's input, (B, D). norms: the BatchNorm2d layers l in the order in which
+    they run, and inputs: their inputs h_l, (B, C_l, H, W). The hooks are gone afterwards.
+    """
+    features, norms, inputs = [], [], []
+
+    def keep(layer, args):
+        norms.append(layer)
+        inputs.append(args[0])
+    hooks = [layer.register_forward_pre_hook(keep) for layer in teacher.modules()
+             if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None]
+    hooks.append(classifier.register_forward_pre_hook(lambda layer, args: features.append(args[0])))
+    try:
+        logits = teacher(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    f = features[-1].float()
+    return logits.float(), f.mean((2, 3)) if f.dim() == 4 else f, norms, inputs
+
+
+class Watched(nn.Module):
+    """The teacher, keeping of each batch its first choices and its features: last batch norm's input, classifier's."""
+
+    def __init__(self, teacher, layer):
+        super().__init__()
+        self.teacher, self.layer, self.kept = teacher, layer, []
+
+    def forward(self, images):
+        logits, features, _, inputs = teacher_forward(self.teacher, self.layer, images)
+        self.kept.append((logits.argmax(1), inputs[-1].float().mean((2, 3)), features))
+        return logits
+
+    def separability(self):
+        """(ratio, ratio, spread) of the images seen: variance between classes over variance within, summed over
+        features, at the last batch norm's input (each image's channel means) and at the classifier's; and the standard
+        deviation within a class at the latter, a feature. The class is the teacher's first choice."""
+        classes, *places = (torch.cat(values).cpu() for values in zip(*self.kept))
+        ratios = []
+        for features in places:
+            _, index, count = classes.unique(return_inverse=True, return_counts=True)
+            centers = torch.zeros(len(count), features.shape[1]).index_add_(0, index, features) / count[:, None]
+            within = (features - centers[index]).square().mean(0).sum()
+            between = (centers[index] - features.mean(0)).square().mean(0).sum()
+            ratios.append((between / within).item())
+        return *ratios, (within / features.shape[1]).sqrt().item()
+
+
+# ------------------------------------------------------------------------------------------------ the method
+
+class Centroids(nn.Module):
+    """For each class the centroid of its images' semantic statistics: buffers means and variances (K, C), count (K,).
+
+    count: images that went into the centroid so far; the class is `seen` from the first one on.
+    """
+
+    def __init__(self, num_classes, channels):
+        super().__init__()
+        self.register_buffer("means", torch.zeros(num_classes, channels))
+        self.register_buffer("variances", torch.zeros(num_classes, channels))
+        self.register_buffer("count", torch.zeros(num_classes))
+
+    @property
+    def seen(self):
+        return self.count > 0
+
+    @torch.no_grad()
+    def update(self, means, variances, labels, recognised, rho=None):
+        """centroid_c <- (1 - rho) centroid_c + rho * mean of class c's images in the batch; rho = 1 for a class not seen
+        yet. rho None: the mean of all images so far. means, variances: (B, C). labels: (B,). recognised: (B,) bool, the
+        images that count. Only the rows of the batch's classes are touched, so the cost does not depend on K."""
+        n = torch.zeros_like(self.count).index_add_(0, labels, recognised.float())       # (K,)
+        rate = n / (self.count + n).clamp(min=1) if rho is None else torch.where(self.seen, rho, 1.0)
+        share = (recognised * rate[labels] / n[labels].clamp(min=1))[:, None]           # (B, 1)
+        for centroid, values in ((self.means, means), (self.variances, variances)):
+            centroid.index_add_(0, labels, share * (values - centroid[labels]))
+        self.count += n
+
+
+def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, iterations, batch_size, seed=0,
+             device="auto", evaluate=None, out=None, symmetric=False, classifier=None, precision="auto", sfda=True,
+             variance=True, fresh_noise=False, ema=True, rho=0.2, noise=0.3, first_layer=None, temperature=20.0,
+             bns_weight=1.0, sfda_weight=0.9, generator_lr=1e-3, student_lr=3e-4, warmup=0.15, separability=False,
+             resume=False, checkpoint_every=60, about=None):
+    """Quantize a trained classifier without its data. Returns (student, result).
+
+    teacher: any nn.Module, (B, C, S, S) -> (B, num_classes), with BatchNorm2d; it is left as it is. image_size: S, a
+    multiple of 4. w_bits, a_bits: 2 to 8. mean, std: the teacher's normalisation, one number a channel, for pixels in
+    [0, 1]. evaluate: a function of a model that returns its top-1 in percent, or None. out: a folder for result.json,
+    student.pt, checkpoint.pt, samples.png and log.csv, or None. classifier: the name of the teacher's last layer, found
+    by itself if None. resume: go on from the checkpoint in `out`. about: further settings to record in the files.
+    The rest are the flags of the same names (`python clusterq.py --help`). The student is in evaluation mode, ready to
+    use or to train on; `quant.pack` gives its integers. The result is the dict that result.json holds.
+    Raises BadInput, a ValueError, for settings or a teacher that cannot be used, before any long work.
+    """
+    settings = check_settings(locals())
+    device, dtype = choose_device(device, precision)
+    settings["precision"] = str(dtype).removeprefix("torch.")
+    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    teacher, layer, norms = prepare_teacher(teacher, image_size, num_classes, len(mean), classifier, device)
+    running_means, running_vars = [norm.running_mean for norm in norms], [norm.running_var for norm in norms]
+    units = [var.mean().sqrt() for var in running_vars]                                 # s_l
+    first = (len(norms) + 1) // 2 - 2 if first_layer is None else first_layer           # l0
+    first = max(first, 0)
+    if first >= len(norms):
+        raise BadInput(f"--first-layer {first}: the teacher has {len(norms)} batch-norm layers, choose a smaller number")
+    widths = torch.tensor([norm.num_features for norm in norms[first:]], device=device)
+    channel_weight = (1 / (len(widths) * widths)).repeat_interleave(widths)             # (C,)
+    torch.manual_seed(seed)
+    generator = Generator(image_size, num_classes, len(mean)).to(device, memory_format=torch.channels_last)
+    centroids = Centroids(num_classes, len(channel_weight)).to(device)
+    directions = torch.randn(2, generator.latent_dim, len(channel_weight)).to(device)   # for means and for variances
+    student = quantize_model(teacher, w_bits, a_bits, symmetric, input_range=pixel_range(mean, std))
+    generator_optimizer = torch.optim.Adam(generator.parameters(), generator_lr, betas=(0.5, 0.999))
+    student_optimizer = torch.optim.SGD(student.parameters(), student_lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    warm_iterations = int(iterations * warmup)
+    with Run(settings, teacher, student, generator, device, evaluate, out, resume, checkpoint_every, centroids=centroids,
+             generator_optimizer=generator_optimizer, student_optimizer=student_optimizer) as run:
+        for step in range(run.step, iterations):
+            # 1. Once, after the generator's warm-up: each class's centroid and the activation ranges, from its images.
+            if step == warm_iterations:
+                observe(student)
+                with torch.no_grad():
+                    for _ in range(20):
+                        z, labels = draw(batch_size, num_classes, generator, device)
+                        with autocast():
+                            images = generator(z, labels)
+                            teacher_logits, _, _, inputs = teacher_forward(teacher, layer, images)
+                        centroids.update(*semantic_statistics(inputs[first:], units[first:]), labels,
+                                         teacher_logits.argmax(1) == labels)
+                        student(images)
+                freeze(student)
+                run.measure("ptq")
+
+            # 2. Draw noise and labels, and images from them.
+            z, labels = draw(batch_size, num_classes, generator, device)
+            with autocast():
+                images = generator(z, labels)                                           # (B, C, S, S)
+                teacher_logits, _, _, inputs = teacher_forward(teacher, layer, images)
+
+            # 3. Generator step: L_G = L_CE + a L_BNS + b L_SFDA, through the frozen teacher.
+            loss_ce = F.cross_entropy(teacher_logits, labels)
+            loss_bns = batch_norm_loss(inputs, running_means, running_vars, units)
+            loss, losses = loss_ce + bns_weight * loss_bns, {"L_CE": loss_ce.detach(), "L_BNS": loss_bns.detach()}
+            if sfda and step >= warm_iterations:
+                statistics = semantic_statistics(inputs[first:], units[first:])         # m, v: (B, C) each
+                targets = [centroids.means[labels], centroids.variances[labels]]
+                if variance:
+                    own = torch.randn_like(z) if fresh_noise else z
+                    targets = [target + intra_class_noise(own, d, noise) for target, d in zip(targets, directions)]
+                loss_sfda = sfda_loss(*statistics, *targets, channel_weight, centroids.seen[labels])
+                loss, losses["L_SFDA"] = loss + sfda_weight * loss_sfda, loss_sfda.detach()
+            generator_optimizer.zero_grad()
+            loss.backward()
+            generator_optimizer.step()
+
+            # 4. The centroids follow, by the images that the teacher recognises.
+            if sfda and step >= warm_iterations:
+                centroids.update(*(value.detach() for value in statistics), labels, teacher_logits.argmax(1) == labels,
+                                 rho if ema else 0.0)
+
+            # 5. Student step on the same images: L_Q = CE(Q(x), y) + KL(P(x) || Q(x)) T^2; learning rate a cosine to zero.
+            if step >= warm_iterations:
+                done = (step - warm_iterations) / (iterations - warm_iterations)
+                student_optimizer.param_groups[0]["lr"] = student_lr * 0.5 * (1 + math.cos(math.pi * done))
+                logits = student(images.detach())
+                loss_qce, loss_kd = F.cross_entropy(logits, labels), kd_loss(logits, teacher_logits.detach(), temperature)
+                student_optimizer.zero_grad()
+                (loss_qce + loss_kd).backward()
+                student_optimizer.step()
+                losses.update({"L_QCE": loss_qce.detach(), "L_KL": loss_kd.detach()})
+
+            # 6. Report and save.
+            run.report(step + 1, losses)
+
+        # 7. Evaluate, and write Q as integers.
+        if separability:
+            run.figures["separability"] = {}
+            for name, show in (("generated", lambda model: [model(images) for images, _ in run.fresh_images(1000)]),
+                               ("real", evaluate)):
+                if show is not None:
+                    watched = Watched(teacher, layer).eval()
+                    show(watched)
+                    run.figures["separability"][name] = watched.separability()
+                    print("{} images: between / within classes {:.2f} at the last batch norm, {:.2f} at the classifier; "
+                          "spread within a class {:.3f}".format(name, *run.figures["separability"][name]))
+        return student, run.finish()
+
+
+# ================================================================================================ shared plumbing: begin
+# Repeated byte for byte in lrq.py and clusterq.py (a test compares them): teachers, data, files, progress, common flags.
+
+class BadInput(ValueError):
+    """Something that the user gave cannot be used; the message is one line that says what and what to do."""
+
+
+COMMON_RULES = {  # setting: (whether a value will do, what to choose)
+    "w_bits": (lambda v: v in range(2, 9), "2 to 8 bits"), "a_bits": (lambda v: v in range(2, 9), "2 to 8 bits"),
+    "image_size": (lambda v: v >= 8 and v % 4 == 0, "a multiple of 4, 8 or more"),
+    "iterations": (lambda v: v >= 1, "1 or more"),
+    "batch_size": (lambda v: v >= 2, "2 or more, the least that has statistics"),
+    "warmup": (lambda v: 0 <= v < 1, "a share of the iterations, at least 0 and below 1"),
+    "precision": (lambda v: v in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")}
+POSITIVE = (lambda v: 0 < v < math.inf, "a number above 0")
+NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "a finite number, 0 or more")
+NOT_SETTINGS = ("teacher", "device", "evaluate", "out", "resume", "checkpoint_every", "about")
+
+
+def check_settings(arguments):
+    """Of quantize's arguments, those that the result depends on. Raises BadInput for one that cannot be used."""
+    for name, (will_do, choose) in {**COMMON_RULES, **RULES}.items():
+        if not will_do(arguments[name]):
+            flag = {"w_bits": "w", "a_bits": "a"}.get(name, name.replace("_", "-"))
+            raise BadInput(f"--{flag} {arguments[name]}: choose {choose}")
+    settings = {"method": METHOD, **(arguments.get("about") or {}),
+                **{key: value for key, value in arguments.items() if key not in NOT_SETTINGS}}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+
+
+# name: (mean, std, image size, classes, default iterations, default batch size)
+DATASETS = {
+    "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 24, 10, 500, 32),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), 32, 10, 1000, 64),
+    "cifar100": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), 32, 100, 1000, 64),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224, 1000, 80000, 16)}
+CIFAR_WEIGHTS = {dataset: f"https://github.com/chenyaofo/pytorch-cifar-models/releases/download/resnet/{dataset}_{name}.pt"
+                 for dataset, name in (("cifar10", "resnet20-4118986f"), ("cifar100", "resnet20-23dac2f1"))}
+
+
+class CifarResNet(nn.Module):
+    """ResNet for 32 x 32 images (arXiv 1512.03385, section 4.2), parameters named as in chenyaofo/pytorch-cifar-models.
+    Three stages of `blocks` blocks: 3 is ResNet-20, 1 is the ResNet-8 of the demonstration."""
+
+    def __init__(self, blocks, num_classes):
+        super().__init__()
+        def block(i, o, stride):
+            conv = nn.Sequential(nn.Conv2d(i, o, 1, stride, bias=False), nn.BatchNorm2d(o)) if i != o else None
+            return models.resnet.BasicBlock(i, o, stride, conv)
+        def stage(i, o, stride):
+            return nn.Sequential(block(i, o, stride), *[block(o, o, 1) for _ in range(blocks - 1)])
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.layer1, self.layer2, self.layer3 = stage(16, 16, 1), stage(16, 32, 2), stage(32, 64, 2)
+        self.fc = nn.Linear(64, num_classes)
+
+    def forward(self, x):
+        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        return self.fc(x.mean((2, 3)))
+
+
+def draw_shapes(count, seed):
+    """Ten classes of pictures, random in colour, place, size, angle and noise: (count, 3, 24, 24) in [0, 1], (count,)."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(10, size=count)
+    def uniform(low, high, *shape):
+        return rng.uniform(low, high, (count, *shape)).astype(np.float32)
+    grid = np.linspace(-1, 1, 24, dtype=np.float32)
+    size, angle = uniform(0.5, 0.9, 1, 1), uniform(0, 2 * np.pi, 1, 1)
+    x, y = grid[None, None, :] - uniform(-0.3, 0.3, 1, 1), grid[None, :, None] - uniform(-0.3, 0.3, 1, 1)
+    u, v = (np.cos(angle) * x + np.sin(angle) * y) / size, (np.cos(angle) * y - np.sin(angle) * x) / size
+    a, b, radius, phi = np.abs(u), np.abs(v), np.hypot(u, v), np.arctan2(v, u)
+    distance = np.choose(labels[:, None, None], [          # below zero inside, above zero outside
+        radius - 0.8,                                                               # disc
+        np.abs(radius - 0.7) - 0.17,                                                # ring
+        np.maximum(a, b) - 0.75,                                                    # square
+        np.abs(np.maximum(a, b) - 0.65) - 0.17,                                     # frame
+        np.maximum(-v, np.maximum(0.866 * u, -0.866 * u) + 0.5 * v) - 0.5,          # triangle
+        radius - 0.65 - 0.3 * np.cos(5 * phi),                                      # star
+        np.maximum(np.minimum(a, b) - 0.25, np.maximum(a, b) - 0.9),                # cross
+        np.cos(9 * u) / 6,                                                          # stripes
+        np.cos(6 * u) * np.cos(6 * v) / 4,                                          # checkerboard
+        0.22 - np.hypot(np.mod(u, 0.7) - 0.35, np.mod(v, 0.7) - 0.35)])             # dots
+    inside = np.clip(0.5 - 9 * size * distance, 0, 1)[:, None]
+    background, contrast = uniform(0.2, 0.8, 3, 1, 1), uniform(0.2, 0.5, 3, 1, 1)
+    contrast *= np.sign(uniform(-1, 1, 3, 1, 1))
+    images = background + inside * contrast + 0.1 * rng.standard_normal((count, 3, 24, 24), np.float32)
+    return torch.from_numpy(images.clip(0, 1)), torch.from_numpy(labels)
+
+
+def shapes_teacher():
+    """The demonstration's teacher: a ResNet-8 trained on 8,000 drawn pictures from a fixed seed, cached by torch.hub."""
+    cache = Path(torch.hub.get_dir()) / "checkpoints" / "zsq_shapes_resnet8_v2.pt"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = CifarResNet(1, 10).to(memory_format=torch.channels_last)
+        try:
+            model.load_state_dict(torch.load(cache, weights_only=True))
+            return model.eval()
+        except Exception:  # not there, or not whole: train it
+            pass
+        mean, std, *_ = DATASETS["shapes"]
+        images, labels = draw_shapes(8000, seed=0)
+        images = ((images - mean[0]) / std[0]).contiguous(memory_format=torch.channels_last)
+        epochs, batch_size = 8, 100
+        steps = epochs * len(images) // batch_size
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=steps)
+        progress = Progress("teacher", steps)
+        for step in range(steps):
+            if step % (len(images) // batch_size) == 0:
+                order = torch.randperm(len(images))
+            batch = order[step * batch_size % len(images):][:batch_size]
+            loss = F.cross_entropy(model(images[batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            progress(step + 1, {"L_CE": loss.detach()})
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with atomically(cache) as path:
+            torch.save(model.state_dict(), path)
+    except OSError:  # a read-only home: train again next time
+        pass
+    return model.eval()
+
+
+def build_teacher(arch, dataset):
+    """The untrained network: (model, image size, mean, std, preprocessing of its test images, published weights)."""
+    mean, std, size, num_classes, *_ = DATASETS[dataset]
+    resize, crop, published = (256, 224, None) if size == 224 else (size, size, None)
+    if arch in ("shapes", "resnet20"):
+        model = CifarResNet(1 if arch == "shapes" else 3, num_classes)
+    else:
+        with warnings.catch_warnings():  # of slow initial weights, which are not kept
+            warnings.simplefilter("ignore")
+            model = models.get_model(arch, weights=None, num_classes=num_classes)
+        if dataset == "imagenet":
+            choices = models.get_model_weights(arch)
+            published = getattr(choices, "IMAGENET1K_V1", choices.DEFAULT)
+            if hasattr(model, "transform_input"):  # the published Inceptions normalise once more
+                model.transform_input = True
+            how = published.transforms()
+            mean, std, resize, crop = tuple(how.mean), tuple(how.std), how.resize_size[0], how.crop_size[0]
+    if not any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
+        raise BadInput(f"--arch {arch} has no batch norm, whose statistics the method needs: choose one that has")
+    preprocess = transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(crop), transforms.ToTensor(),
+                                     transforms.Normalize(mean, std)])
+    return model.eval(), -(-crop // 4) * 4, mean, std, preprocess, published
+
+
+def load_teacher(args, model, published):
+    """The network of build_teacher with its trained weights: those of --weights, or the published ones."""
+    if args.weights:
+        load_weights(model, args.weights, args.arch, args.dataset)
+    elif args.arch == "shapes":
+        model = shapes_teacher()
+    elif not published and (args.arch != "resnet20" or args.dataset not in CIFAR_WEIGHTS):
+        raise BadInput(f"no weights are published for --arch {args.arch} on {args.dataset}: give --weights FILE")
+    else:
+        try:
+            model.load_state_dict(published.get_state_dict(progress=True, check_hash=True) if published else
+                                  torch.hub.load_state_dict_from_url(CIFAR_WEIGHTS[args.dataset]))
+        except (OSError, RuntimeError) as error:
+            raise BadInput(f"the weights of {args.arch} could not be fetched ({first_line(error)}): "
+                           "--weights FILE takes a state dict that you have") from error
+    return model
+
+
+def load_weights(model, file, arch, dataset):
+    """Load a state dict (plain or under `state_dict` or `model`, with or without `module.`) into the model."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise BadInput(f"--weights {file}: {error.strerror or first_line(error)}: name a file that exists") from error
+    except Exception as error:
+        raise BadInput(f"--weights {file} is not a file of tensors that torch.load reads: "
+                       "save one with torch.save(model.state_dict(), FILE)") from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
+        raise BadInput(f"--weights {file} holds no state dict: save one with torch.save(model.state_dict(), FILE)")
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    own = {key: value.shape for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+    given = {key: value.shape for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    missing, unexpected = [key for key in own if key not in given], [key for key in given if key not in own]
+    other = [key for key in own if key in given and given[key] != own[key]]
+    if other and not missing and not unexpected and all(own[key][1:] == given[key][1:] for key in other):
+        raise BadInput(f"--weights {file} is for {given[other[0]][0]} classes, --dataset {dataset} has {own[other[0]][0]}: "
+                       "choose the --dataset or the --weights that fits")
+    if missing or unexpected or other:
+        what = ", ".join(f"{len(keys)} {name} (first {keys[0]})" for name, keys in
+                         (("keys missing", missing), ("unexpected", unexpected), ("of another shape", other)) if keys)
+        raise BadInput(f"--weights {file} does not fit --arch {arch}: {what}")
+    model.load_state_dict(state, strict=False)
+
+
+def find_classifier(model, num_classes, name=None):
+    """The layer that gives the logits: the one called `name`, else the last Linear or 1 x 1 Conv2d with K outputs."""
+    if name is not None:
+        layer = dict(model.named_modules()).get(name)
+        if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+            raise BadInput(f"classifier '{name}' is not a Linear or Conv2d layer of the teacher: name one that is")
+        return layer
+    found = [layer for layer in model.modules()
+             if isinstance(layer, nn.Linear) and layer.out_features == num_classes
+             or isinstance(layer, nn.Conv2d) and layer.out_channels == num_classes and layer.kernel_size == (1, 1)]
+    if not found:
+        raise BadInput(f"no layer of the teacher gives {num_classes} classes: check num_classes, or name its classifier")
+    return found[-1]
+
+
+def prepare_teacher(teacher, image_size, num_classes, channels, classifier, device):
+    """(teacher, classifier, norms): a frozen copy of the teacher, its last layer, its BatchNorm2d layers in the order in
+    which they run. Tried on noise; raises BadInput if it cannot be used."""
+    teacher = copy_without_hooks(teacher).eval().requires_grad_(False)
+    teacher.to(device, memory_format=torch.channels_last)
+    layer = find_classifier(teacher, num_classes, classifier)
+    with torch.no_grad():
+        noise = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
+        logits, features, norms, _ = teacher_forward(teacher, layer, noise)
+        if not norms:
+            raise BadInput("the teacher has no batch norm with running statistics, which the method needs")
+        if tuple(logits.shape) != (2, num_classes):
+            raise BadInput(f"the teacher gives outputs of shape {tuple(logits.shape)} for two images, not (2, {num_classes}): "
+                           "check num_classes")
+        if not logits.isfinite().all():
+            raise BadInput("the teacher gives NaN or infinite outputs for images of plain noise: check its weights")
+        again = F.linear(features, layer.weight.flatten(1), layer.bias)
+        if again.shape != logits.shape or not torch.allclose(again, logits, rtol=1e-3, atol=1e-3 * logits.abs().max()):
+            raise BadInput("the teacher's outputs are not those of the layer taken for its classifier: name the right one")
+    return teacher, layer, norms
+
+
+def decode(path):
+    try:
+        return datasets.folder.default_loader(path)
+    except Exception as error:
+        raise BadInput(f"--data: {path} is not an image that can be decoded: remove or replace it") from error
+
+
+def load_images(args, preprocess):
+    """Labelled test images in batches: drawn ones for `shapes`, else those of --data, or None without it."""
+    mean, std, size, num_classes, *_ = DATASETS[args.dataset]
+    if args.dataset == "shapes" and not args.data:
+        images, labels = draw_shapes(2000, seed=1)
+        return torch.utils.data.DataLoader(list(zip((images - mean[0]) / std[0], labels)), 250)
+    if not args.data:
+        return None
+    root = Path(args.data)
+    if not root.is_dir():
+        raise BadInput(f"--data {root} is not a folder: name one with a folder of images for each class")
+    if (root / "cifar-10-batches-py").is_dir() and args.dataset == "cifar10":
+        dataset = datasets.CIFAR10(root, train=False, transform=preprocess)
+    elif (root / "cifar-100-python").is_dir() and args.dataset == "cifar100":
+        dataset = datasets.CIFAR100(root, train=False, transform=preprocess)
+    else:
+        folder = next((root / name for name in ("val", "test") if (root / name).is_dir()), root)
+        try:
+            dataset = datasets.ImageFolder(folder, preprocess, loader=decode)
+        except FileNotFoundError as error:
+            raise BadInput(f"--data {folder} has no images: it takes a folder of images for each class "
+                           f"({first_line(error)})") from error
+        if len(dataset.classes) != num_classes:
+            raise BadInput(f"--data {folder} has {len(dataset.classes)} classes, --dataset {args.dataset} has "
+                           f"{num_classes}: choose the folder or the --dataset that fits")
+    workers = 0 if size < 224 else min(os.cpu_count() or 1, 16)
+    return torch.utils.data.DataLoader(dataset, 250 if size < 224 else 50, num_workers=workers,
+                                       pin_memory=torch.cuda.is_available())
+
+
+def draw(batch_size, num_classes, generator, device):
+    """z ~ N(0, 1), (B, latent_dim), and y uniform over the classes, (B,)."""
+    return (torch.randn(batch_size, generator.latent_dim, device=device),
+            torch.randint(num_classes, (batch_size,), device=device))
+
+
+def pixel_range(mean, std):
+    """(min, max) of a normalised image: pixels lie in [0, 1], so the range of the network's input is known without data."""
+    return min(-m / s for m, s in zip(mean, std)), max((1 - m) / s for m, s in zip(mean, std))
+
+
+@torch.no_grad()
+def top1(model, batches, device):
+    """Share of the images whose label is the model's first choice, in percent."""
+    correct, count = torch.zeros((), dtype=torch.long, device=device), 0
+    try:
+        for images, labels in batches:
+            prediction = model(images.to(device, non_blocking=True)).argmax(1)
+            correct += (prediction == labels.to(device, non_blocking=True)).sum()
+            count += len(labels)
+    except BadInput as error:
+        raise BadInput(str(error).strip().split("BadInput: ")[-1]) from None  # without a loader worker's traceback
+    return 100 * correct.item() / count
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def choose_device(name, precision):
+    """(device, number type): that of the generator's and the teacher's convolutions, bfloat16 where it is native."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {name} cannot be used here ({first_line(error)}): try --device cpu") from error
+    if precision == "auto":
+        able = torch.cpu.get_capabilities()
+        native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
+                  device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16")))
+        precision = "bfloat16" if native else "float32"
+    return device, getattr(torch, precision)
+
+
+@contextlib.contextmanager
+def atomically(path):
+    """Write to a temporary file beside `path`, which takes the place of `path` once it is whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_folder(out, resume):
+    """Raise BadInput unless the folder can be written and, to resume, holds a checkpoint."""
+    if resume and not (Path(out) / "checkpoint.pt").is_file():
+        raise BadInput(f"--resume: there is no checkpoint.pt in {out}: leave --resume out, or name its folder with --out")
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise BadInput(f"--out {out} is not a folder that can be written ({error.strerror}): name another") from error
+
+
+def lock_folder(folder):
+    """Keep other runs out of this folder until the handle that it returns is closed, or the process ends."""
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise BadInput(f"--out {folder}: another run is writing there: name another folder") from error
+    except OSError:  # a file system without locks
+        pass
+    return handle
+
+
+def fingerprint(model):
+    """A hash of all parameters and buffers: whether two models are the same, bit for bit."""
+    digest = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        digest.update(key.encode())
+        if torch.is_tensor(value):
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def peak_memory_mb(device):
+    """Largest memory in use so far, in MB: the GPU's, or the process's own (None where the system does not say)."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e6)
+    if resource is None:
+        return None
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3))
+
+
+class Progress:
+    """One line that says how far a loop is: refreshed in a terminal, a plain line every ten seconds in a log."""
+
+    def __init__(self, name, total, first=0):
+        self.name, self.total, self.terminal = name, total, sys.stdout.isatty()
+        self.last_step, self.last_time, self.rate = first, time.monotonic(), None
+
+    def __call__(self, step, losses):
+        """step: iterations done. losses: name -> scalar tensor, read (and waited for) only when a line is printed."""
+        now = time.monotonic()
+        if now - self.last_time < (0.5 if self.terminal else 10) and step < self.total:
+            return
+        rate = (step - self.last_step) / max(now - self.last_time, 1e-9)
+        self.rate = rate if self.rate is None else 0.7 * self.rate + 0.3 * rate
+        self.last_step, self.last_time = step, now
+        left = round((self.total - step) / max(self.rate, 1e-9))
+        line = f"{self.name} {step}/{self.total}  " + "  ".join(f"{key} {float(value):.4f}" for key, value in losses.items())
+        line += f"  {self.rate:.2f} it/s  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        end = "" if self.terminal and step < self.total else "\n"
+        print(("\r\x1b[K" if self.terminal else "") + line, end=end, flush=True)
+
+
+class Run:
+    """Everything round the loop: the folder, checkpoints, Ctrl-C, progress, log.csv, and the figures and files at the end.
+
+        with Run(settings, ...) as run:
+            for step in range(run.step, iterations):   # run.step: iterations done, if it was resumed
+                ...
+                run.report(step + 1, losses)
+            result = run.finish()
+
+    parts: name -> what has a state_dict and belongs in the checkpoint beside student and generator.
+    """
+
+    def __init__(self, settings, teacher, student, generator, device, evaluate, out, resume, checkpoint_every, **parts):
+        if resume and out is None:
+            raise BadInput("resume: name the folder of the checkpoint with out")
+        self.settings = {**settings, "teacher": fingerprint(teacher)}
+        self.teacher, self.student, self.generator, self.device, self.evaluate = teacher, student, generator, device, evaluate
+        self.out, self.resume, self.checkpoint_every = out and Path(out), resume, checkpoint_every
+        self.parts = {"student": student, "generator": generator, **parts}
+        self.step, self.seconds, self.figures, self.rows, self.requests, self.lock = 0, 0.0, {}, [], [], None
+
+    def __enter__(self):
+        if self.out is not None:
+            check_folder(self.out, self.resume)
+            self.lock = lock_folder(self.out)
+        if threading.current_thread() is threading.main_thread():  # no other may catch signals
+            self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            if self.resume:
+                self.load()
+            else:
+                self.measure("fp")
+                if self.out is not None:
+                    self.set_aside()
+        except BaseException:
+            self.__exit__()
+            raise
+        print("  ".join(f"{key}={value}" for key, value in self.settings.items()) + f"  device={self.device}", flush=True)
+        self.progress = Progress(METHOD, self.settings["iterations"], self.step)
+        self.start = self.saved = time.monotonic()
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in getattr(self, "handlers", {}).items():
+            signal.signal(number, handler)
+        if self.lock is not None:
+            os.close(self.lock)
+
+    def stop(self, number, frame):
+        """Signal handler: the loop stops between two iterations; asked a second time, or outside of it, at once."""
+        if self.requests or not hasattr(self, "start"):
+            raise KeyboardInterrupt
+        self.requests.append(number)
+
+    def report(self, step, losses):
+        """After each iteration. step: iterations done. losses: name -> scalar tensor, read only when it is written."""
+        iterations, self.step = self.settings["iterations"], step
+        self.progress(step, losses)
+        if step % max(1, iterations // 200) == 0 or step == iterations:
+            self.rows.append({"step": step, **{key: float(value) for key, value in losses.items()}})
+        if self.requests or step == iterations or time.monotonic() - self.saved > self.checkpoint_every:
+            self.save()
+        if self.requests:
+            where = f"saved in {self.out}, --resume goes on from there" if self.out else "nothing saved without `out`"
+            raise KeyboardInterrupt(f"stopped after iteration {step} of {iterations}; {where}")
+
+    def measure(self, name):
+        """figures: NAME_top1, in percent, if there is a way to measure it. Leaves the random numbers as they are."""
+        if self.evaluate is not None:
+            with torch.random.fork_rng(devices=[]):
+                self.figures[f"{name}_top1"] = self.evaluate(self.teacher if name == "fp" else self.student)
+        if name != "fp":
+            self.figures[f"{name}_agreement"], self.figures["recognised"] = self.agreement()
+
+    @torch.no_grad()
+    def agreement(self):
+        """On fresh synthetic images, in percent: how often the student's first choice is the teacher's, and how often
+        the teacher's is the label that the image was drawn for."""
+        count = min(1000, self.settings["iterations"] * self.settings["batch_size"])  # fewer in a run of a few iterations
+        agree = recognised = 0
+        for images, labels in self.fresh_images(count):
+            choice = self.teacher(images).argmax(1)
+            agree += (self.student(images).argmax(1) == choice).sum()
+            recognised += (choice == labels).sum()
+        return 100 * agree.item() / count, 100 * recognised.item() / count
+
+    @torch.no_grad()
+    def fresh_images(self, count, seed=1):
+        """Batches of generated images and their labels, the same for the same seed, without using up random numbers."""
+        random = torch.Generator().manual_seed(seed)
+        labels = torch.randint(self.settings["num_classes"], (count,), generator=random)
+        noise = torch.randn(count, self.generator.latent_dim, generator=random)
+        self.generator.eval()
+        for z, y in zip(noise.split(50), labels.split(50)):
+            yield self.generator(z.to(self.device), y.to(self.device)), y.to(self.device)
+        self.generator.train()
+
+    @torch.no_grad()
+    def save_samples(self):
+        """samples.png: generated images from the same noise each time, one row a class, ten classes at the most."""
+        num_classes, mean, std = (self.settings[key] for key in ("num_classes", "mean", "std"))
+        rows, columns = min(num_classes, 10), 8 if self.generator.start_size <= 16 else 4
+        labels = (torch.arange(rows) * num_classes // rows).repeat_interleave(columns).to(self.device)
+        z = torch.randn(len(labels), self.generator.latent_dim, generator=torch.Generator().manual_seed(0)).to(self.device)
+        images = self.generator.eval()(z, labels).float().cpu()
+        self.generator.train()
+        pixels = images * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+        with atomically(self.out / "samples.png") as path:
+            utils.save_image(pixels.clamp(0, 1), path, nrow=columns, format="png")
+
+    def save(self):
+        if self.out is None:
+            return
+        now = time.monotonic()
+        state = {"settings": self.settings, "step": self.step, "seconds": self.seconds + now - self.start,
+                 "figures": self.figures, "rows": self.rows, "rng": torch.get_rng_state(),
+                 "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                 **{name: part.state_dict() for name, part in self.parts.items()}}
+        with atomically(self.out / "checkpoint.pt") as path:
+            torch.save(state, path)
+        with atomically(self.out / "log.csv") as path, open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(self.rows[-1]) if self.rows else ["step"], restval="")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        self.save_samples()
+        self.saved = time.monotonic()
+
+    def load(self):
+        """Go on from checkpoint.pt. Raises BadInput if it cannot be read or was made with other settings."""
+        file = self.out / "checkpoint.pt"
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            made_with = state["settings"]
+        except Exception as error:
+            raise BadInput(f"--resume: {file} cannot be read ({first_line(error)}): start without --resume") from error
+        for key, value in self.settings.items():
+            if made_with.get(key) != value:
+                raise BadInput(f"--resume: the checkpoint in {self.out} was made with {key} = {made_with.get(key)}, now it "
+                               f"is {value}: use the same settings, or another --out")
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.step, self.seconds, self.figures, self.rows = (state[key] for key in ("step", "seconds", "figures", "rows"))
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+    def set_aside(self):
+        """Move the files of an earlier run in this folder into a folder of their own: nothing computed is ever lost."""
+        earlier = [self.out / name for name in ("checkpoint.pt", "result.json", "student.pt", "samples.png", "log.csv")
+                   if (self.out / name).exists()]
+        if earlier:
+            aside = next(path for path in (self.out / f"earlier-{n}" for n in itertools.count(1)) if not path.exists())
+            aside.mkdir()
+            for path in earlier:
+                os.replace(path, aside / path.name)
+            print(f"the earlier run in {self.out} is now in {aside}")
+
+    def finish(self):
+        """Measure the student; write student.pt and result.json, whose content is returned; print the line for people."""
+        self.seconds += time.monotonic() - self.start
+        self.measure("q")
+        self.student.to(memory_format=torch.contiguous_format)
+        files = io.BytesIO(), io.BytesIO()
+        torch.save(self.teacher.state_dict(), files[0])
+        torch.save({**pack(self.student), "settings": self.settings}, files[1])
+        fp_mb, q_mb = (file.getbuffer().nbytes / 1e6 for file in files)
+        cuda = self.device.type == "cuda"
+        result = {**self.settings, **self.figures, "seconds": round(self.seconds, 1),
+                  "iterations_per_s": round(self.step / self.seconds, 3), "peak_memory_mb": peak_memory_mb(self.device),
+                  "fp_mb": round(fp_mb, 3), "q_mb": round(q_mb, 3), "device": str(self.device), "device_name":
+                  torch.cuda.get_device_name(self.device) if cuda else f"CPU, {torch.get_num_threads()} threads",
+                  "torch": torch.__version__, "numpy": np.__version__}
+        if self.out is not None:
+            with atomically(self.out / "student.pt") as path:
+                path.write_bytes(files[1].getbuffer())
+            with atomically(self.out / "result.json") as path:
+                path.write_text(json.dumps(result, indent=2) + "\n")
+        w, a = self.settings["w_bits"], self.settings["a_bits"]
+        plain, smaller = f"plain {w}-bit" if w == a else f"plain W{w}A{a}", f"{fp_mb / q_mb:.1f}x smaller"
+        if self.evaluate is not None:
+            print(f"full precision {result['fp_top1']:.1f} %  {plain} {result['ptq_top1']:.1f} %  "
+                  f"{METHOD} {result['q_top1']:.1f} %  {smaller}")
+        else:
+            print(f"agreement with the teacher on synthetic images: {plain} {result['ptq_agreement']:.1f} %  "
+                  f"{METHOD} {result['q_agreement']:.1f} %  {smaller}")
+        return result
+
+
+def evaluate_student(args):
+    """--evaluate: measure a packed student again on test images; nothing is trained."""
+    try:
+        packed = torch.load(args.evaluate, map_location="cpu", weights_only=True)
+        args.arch, args.dataset = packed["settings"]["arch"], packed["settings"]["dataset"]
+    except OSError as error:
+        raise BadInput(f"--evaluate {args.evaluate}: {error.strerror or first_line(error)}: name a student.pt") from error
+    except Exception as error:
+        raise BadInput(f"--evaluate {args.evaluate} is not a student.pt written by this command") from error
+    if not args.data and args.dataset != "shapes":
+        raise BadInput("--evaluate needs --data FOLDER, the labelled images to measure on")
+    model, _, _, _, preprocess, _ = build_teacher(args.arch, args.dataset)
+    device, _ = choose_device(args.device, "float32")
+    student = unpack(packed, model).to(device)
+    print(f"{args.evaluate}: top-1 {top1(student, load_images(args, preprocess), device):.2f} %")
+
+
+def common_flags(parser):
+    add = parser.add_argument_group("network and data").add_argument
+    add("--arch", default="shapes", metavar="NAME", help="shapes: the offline demonstration, a ResNet-8 on drawn pictures "
+        "(the default); resnet20: for CIFAR; or any torchvision classifier with batch norm, such as resnet18")
+    add("--dataset", choices=DATASETS, help="what the network was trained on, which fixes image size, classes and "
+        "normalisation (default: that of the arch: shapes, cifar10 for resnet20, else imagenet)")
+    add("--weights", metavar="FILE", help="state dict of the full-precision network (default: torchvision's "
+        "IMAGENET1K_V1, or those of chenyaofo/pytorch-cifar-models for resnet20, downloaded once)")
+    add("--data", metavar="FOLDER", help="labelled test images, to measure top-1 with, never to train: a folder for each "
+        "class, directly or in val/ or test/, or torchvision's CIFAR folder (default: none, and only the agreement of "
+        "student and teacher on synthetic images is reported)")
+    add = parser.add_argument_group("quantization").add_argument
+    add("--w", dest="w_bits", type=int, metavar="BITS", help="bits of the weights, 2 to 8 (default: 4; 3 for shapes)")
+    add("--a", dest="a_bits", type=int, metavar="BITS", help="bits of the activations, 2 to 8 (default: 4; 3 for shapes); the "
+        "network's own input always has 8")
+    add("--symmetric", action="store_true", help="signed codes with zero point 0 (default: asymmetric)")
+    add = parser.add_argument_group("run").add_argument
+    add("--iterations", type=int, metavar="N", help="iterations, the generator's warm-up included (default: 80000 for "
+        "imagenet, GDFQ's 400 epochs of 200; 1000 for CIFAR, a CPU user's budget; 500 for shapes)")
+    add("--batch-size", type=int, metavar="N", help="synthetic images in an iteration (default: 16 for imagenet as in "
+        "GDFQ, 64 for CIFAR, 32 for shapes)")
+    add("--warmup", type=float, metavar="SHARE", help="share of the iterations in which the generator learns alone "
+        "(default: %(default)s)")
+    add("--generator-lr", type=float, metavar="RATE", help="of Adam (default: %(default)s, GDFQ)")
+    add("--student-lr", type=float, metavar="RATE", help="of SGD, falling as a cosine to zero (default: %(default)s)")
+    add("--seed", type=int, metavar="N", help="seed of all random numbers (default: %(default)s)")
+    add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one, else cpu)")
+    add("--precision", help="float32, bfloat16, or auto (default): bfloat16 where the processor has it; of the convolutions "
+        "of generator and teacher in training, never of the student or of an accuracy")
+    add("--out", metavar="FOLDER", help="where result.json, student.pt, checkpoint.pt, samples.png and log.csv go "
+        "(default: a folder in out/ named after the settings); an earlier run there is moved aside, not lost")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out, exactly")
+    add("--checkpoint-every", type=float, metavar="SECONDS", help="(default: %(default)s); Ctrl-C saves one too")
+    add("--evaluate", metavar="STUDENT.pt", help="train nothing: measure this packed student on --data")
+
+
+def command_line(parser, argv):
+    """The command: `parser` has the flags, whose names and defaults are quantize's. All is checked before long work."""
+    def error(message):
+        raise BadInput(f"{message} (--help explains the flags)")
+    parser.error = error
+    defaults = {name: value.default for name, value in inspect.signature(quantize).parameters.items()
+                if value.default is not inspect.Parameter.empty}
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+    if args.evaluate is not None:
+        return evaluate_student(args)
+    names = ["shapes", "resnet20"] + models.list_models(module=models)
+    if args.arch not in names:
+        near = difflib.get_close_matches(args.arch, names, 3, 0.3)
+        raise BadInput(f"--arch {args.arch} is not known: did you mean {' or '.join(near) or 'resnet18'}?")
+    args.dataset = args.dataset or {"shapes": "shapes", "resnet20": "cifar10"}.get(args.arch, "imagenet")
+    if (args.arch == "shapes") != (args.dataset == "shapes"):
+        raise BadInput("--arch shapes and --dataset shapes go together: change one of them")
+    *_, num_classes, iterations, batch_size = DATASETS[args.dataset]
+    bits = 3 if args.arch == "shapes" else 4
+    for name, default in (("w_bits", bits), ("a_bits", bits), ("iterations", iterations), ("batch_size", batch_size)):
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    out = args.out or os.path.join("out", f"{METHOD.lower()}-{args.arch}-w{args.w_bits}a{args.a_bits}-seed{args.seed}")
+    check_folder(out, args.resume)
+    model, image_size, mean, std, preprocess, published = build_teacher(args.arch, args.dataset)
+    options = {name: getattr(args, name, default) for name, default in defaults.items()} | dict(
+        image_size=image_size, num_classes=num_classes, w_bits=args.w_bits, a_bits=args.a_bits, mean=mean, std=std,
+        iterations=args.iterations, batch_size=args.batch_size, out=out, about={"arch": args.arch, "dataset": args.dataset})
+    check_settings(options)
+    device, _ = choose_device(args.device, args.precision)
+    images, teacher = load_images(args, preprocess), load_teacher(args, model, published)
+    options["evaluate"] = None if images is None else lambda model: top1(model, images, device)
+    return quantize(teacher, **options)
+
+
+def run(main):
+    """Call main; what the user can mend is one line on stderr and exit code 2, without a traceback."""
+    try:
+        main()
+    except BadInput as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        print(f"\n{Path(sys.argv[0]).name}: {error or 'interrupted'}", file=sys.stderr)
+        sys.exit(130)
+# ================================================================================================ shared plumbing: end
+
+
+RULES = {"rho": (lambda v: 0 <= v <= 1, "a number from 0 to 1"), "temperature": POSITIVE, "noise": NOT_NEGATIVE,
+         "first_layer": (lambda v: v is None or v >= 0, "the number of a batch-norm layer, from 0"),
+         "bns_weight": NOT_NEGATIVE, "sfda_weight": NOT_NEGATIVE, "generator_lr": NOT_NEGATIVE, "student_lr": NOT_NEGATIVE}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common_flags(parser)
+    add = parser.add_argument_group("method").add_argument
+    add("--no-sfda", dest="sfda", action="store_false", help="no alignment to the centroids")
+    add("--no-variance", dest="variance", action="store_false", help="no noise round the centroids")
+    add("--fresh-noise", action="store_true", help="noise drawn anew in each iteration, as published, not a function of z")
+    add("--no-ema", dest="ema", action="store_false", help="centroids stay as they were after the warm-up")
+    add("--rho", type=float, help="share of the batch in the centroids' moving average (default: %(default)s, published)")
+    add("--noise", type=float, metavar="SIZE", help="standard deviation of the noise round a centroid, in units of the "
+        "layer's own (default: %(default)s; published: uniform, 0.03 and 0.05 at most, in absolute size)")
+    add("--first-layer", type=int, metavar="L", help="first semantic layer, of the L batch norms from 0 on (default: "
+        "(L + 1) // 2 - 2, published)")
+    add("--sfda-weight", type=float, help="weight of L_SFDA (default: %(default)s, published)")
+    add("--bns-weight", type=float, help="weight of L_BNS (default: %(default)s; published 0.1)")
+    add("--temperature", type=float, metavar="T", help="temperature of the distillation (default: %(default)s, published)")
+    add("--separability", action="store_true", help="measure how well classes separate in the teacher's features of "
+        "generated images, and of those of --data beside them")
+    command_line(parser, argv)
+
+
+if __name__ == "__main__":
+    run(main)
