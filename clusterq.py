@@ -18,8 +18,8 @@ The algorithm, as numbered in quantize():
  6. Report and save.
  7. Evaluate, and write Q as integers.
 
-Differences from the paper and from its published code are listed in the README: the noise round a centroid is a
-function of z here, where a fresh draw would average out and spread nothing; features are measured in units of their
+Differences from the paper and from its published code are listed in the README: the noise round a centroid is
+the one nearest to the images, where a fresh draw averages out and spreads nothing; features are measured in units of their
 layer's standard deviation; the centroids are each class's own, from images that P recognises.
 
 Shapes: B batch_size, K num_classes, D features, S image_size, C channels (of all semantic layers together), H and W.
@@ -148,14 +148,24 @@ def sfda_loss(means, variances, target_means, target_variances, channel_weight, 
     return (distance * seen).sum() / seen.sum().clamp(min=1)
 
 
-def intra_class_noise(z, directions, amplitude):
-    """e: what an image's target lies off its class's centroid, (B, C), each value of standard deviation `amplitude`.
+def spread_loss(means, variances, centroid_means, centroid_variances, channel_weight, seen, amplitude):
+    """L_SFDA with intra-class variance: mean over layers and channels of (rms_i(m_i - mu_{y_i}) - A)^2, and so for v.
 
-    z: the image's own noise, (B, latent_dim). directions: fixed, N(0, 1), (latent_dim, C). Drawn anew in each iteration
-    instead, e would be nothing that G can know: the expected gradient is that of no noise, and images of a class
-    still collapse onto the centroid. As a function of z it asks for images that differ as their z do.
+    Arguments as in sfda_loss; rms_i is the root of the mean square over the batch's images whose class was seen, and A,
+    `amplitude`, the size of the noise e round the centroids. This is L_SFDA for that e, of all with root mean square A
+    over the batch, which is nearest to the images: the least of mean_i (d_i - e_i)^2 over such e is (rms_i(d_i) - A)^2.
+    A fresh draw of e, as published, is nothing that G can know: the gradient it leaves on average is that of no noise,
+    and the images of a class still collapse onto their centroid. At A = 0 this is sfda_loss without noise.
     """
-    return amplitude * (z @ directions) / z.shape[1] ** 0.5
+    def one(values, centers):
+        rms = (((values - centers).square() * seen[:, None]).sum(0) / seen.sum().clamp(min=1) + 1e-12).sqrt()    # (C,)
+        return (rms - amplitude).square() @ channel_weight
+    return (one(means, centroid_means) + one(variances, centroid_variances)) * seen.any()
+
+
+def intra_class_noise(like, amplitude):
+    """e as published: a fresh draw for each image and channel, uniform, with standard deviation `amplitude`."""
+    return (torch.rand_like(like) - 0.5) * 12 ** 0.5 * amplitude
 
 
 def kd_loss(student_logits, teacher_logits, temperature):
@@ -283,7 +293,6 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     torch.manual_seed(seed)
     generator = Generator(image_size, num_classes, len(mean)).to(device, memory_format=torch.channels_last)
     centroids = Centroids(num_classes, len(channel_weight)).to(device)
-    directions = torch.randn(2, generator.latent_dim, len(channel_weight)).to(device)   # for means and for variances
     student = quantize_model(teacher, w_bits, a_bits, symmetric, input_range=pixel_range(mean, std))
     generator_optimizer = torch.optim.Adam(generator.parameters(), generator_lr, betas=(0.5, 0.999))
     student_optimizer = torch.optim.SGD(student.parameters(), student_lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
@@ -311,6 +320,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
             with autocast():
                 images = generator(z, labels)                                           # (B, C, S, S)
                 teacher_logits, _, _, inputs = teacher_forward(teacher, layer, images)
+            recognised = teacher_logits.argmax(1) == labels                             # (B,)
 
             # 3. Generator step: L_G = L_CE + a L_BNS + b L_SFDA, through the frozen teacher.
             loss_ce = F.cross_entropy(teacher_logits, labels)
@@ -319,10 +329,12 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
             if sfda and step >= warm_iterations:
                 statistics = semantic_statistics(inputs[first:], units[first:])         # m, v: (B, C) each
                 targets = [centroids.means[labels], centroids.variances[labels]]
-                if variance:
-                    own = torch.randn_like(z) if fresh_noise else z
-                    targets = [target + intra_class_noise(own, d, noise) for target, d in zip(targets, directions)]
-                loss_sfda = sfda_loss(*statistics, *targets, channel_weight, centroids.seen[labels])
+                seen = centroids.seen[labels]                                           # (B,)
+                if variance and not fresh_noise:
+                    loss_sfda = spread_loss(*statistics, *targets, channel_weight, seen, noise)
+                else:
+                    targets = [target + intra_class_noise(target, noise * variance) for target in targets]
+                    loss_sfda = sfda_loss(*statistics, *targets, channel_weight, seen)
                 loss, losses["L_SFDA"] = loss + sfda_weight * loss_sfda, loss_sfda.detach()
             generator_optimizer.zero_grad()
             loss.backward()
@@ -330,15 +342,15 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
 
             # 4. The centroids follow, by the images that the teacher recognises.
             if sfda and step >= warm_iterations:
-                centroids.update(*(value.detach() for value in statistics), labels, teacher_logits.argmax(1) == labels,
-                                 rho if ema else 0.0)
+                centroids.update(*(value.detach() for value in statistics), labels, recognised, rho if ema else 0.0)
 
             # 5. Student step on the same images: L_Q = CE(Q(x), y) + KL(P(x) || Q(x)) T^2; learning rate a cosine to zero.
             if step >= warm_iterations:
                 done = (step - warm_iterations) / (iterations - warm_iterations)
                 student_optimizer.param_groups[0]["lr"] = student_lr * 0.5 * (1 + math.cos(math.pi * done))
                 logits = student(images.detach())
-                loss_qce, loss_kd = F.cross_entropy(logits, labels), kd_loss(logits, teacher_logits.detach(), temperature)
+                loss_qce = (F.cross_entropy(logits, labels, reduction="none") * recognised).mean()
+                loss_kd = kd_loss(logits, teacher_logits.detach(), temperature)
                 student_optimizer.zero_grad()
                 (loss_qce + loss_kd).backward()
                 student_optimizer.step()
@@ -607,7 +619,7 @@ def load_images(args, preprocess):
     """Labelled test images in batches: drawn ones for `shapes`, else those of --data, or None without it."""
     mean, std, size, num_classes, *_ = DATASETS[args.dataset]
     if args.dataset == "shapes" and not args.data:
-        images, labels = draw_shapes(2000, seed=1)
+        images, labels = draw_shapes(2000, seed=2)
         return torch.utils.data.DataLoader(list(zip((images - mean[0]) / std[0], labels)), 250)
     if not args.data:
         return None
@@ -815,9 +827,15 @@ class Run:
         """After each iteration. step: iterations done. losses: name -> scalar tensor, read only when it is written."""
         iterations, self.step = self.settings["iterations"], step
         self.progress(step, losses)
-        if step % max(1, iterations // 200) == 0 or step == iterations:
-            self.rows.append({"step": step, **{key: float(value) for key, value in losses.items()}})
-        if self.requests or step == iterations or time.monotonic() - self.saved > self.checkpoint_every:
+        log = step % max(1, iterations // 200) == 0 or step == iterations
+        save = self.requests or step == iterations or time.monotonic() - self.saved > self.checkpoint_every
+        if log or save:
+            row = {"step": step, **{key: float(value) for key, value in losses.items()}}
+            for key, value in row.items():
+                if not math.isfinite(value):
+                    raise BadInput(f"{key} is {value} at iteration {step}: lower --generator-lr or --student-lr")
+            self.rows += [row] if log else []
+        if save:
             self.save()
         if self.requests:
             where = f"saved in {self.out}, --resume goes on from there" if self.out else "nothing saved without `out`"
@@ -851,7 +869,9 @@ class Run:
         noise = torch.randn(count, self.generator.latent_dim, generator=random)
         self.generator.eval()
         for z, y in zip(noise.split(50), labels.split(50)):
-            yield self.generator(z.to(self.device), y.to(self.device)), y.to(self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings["precision"] == "bfloat16"):
+                images = self.generator(z.to(self.device), y.to(self.device))
+            yield images, y.to(self.device)
         self.generator.train()
 
     @torch.no_grad()
@@ -1058,7 +1078,7 @@ def main(argv=None):
     add = parser.add_argument_group("method").add_argument
     add("--no-sfda", dest="sfda", action="store_false", help="no alignment to the centroids")
     add("--no-variance", dest="variance", action="store_false", help="no noise round the centroids")
-    add("--fresh-noise", action="store_true", help="noise drawn anew in each iteration, as published, not a function of z")
+    add("--fresh-noise", action="store_true", help="noise drawn anew in each iteration, as published")
     add("--no-ema", dest="ema", action="store_false", help="centroids stay as they were after the warm-up")
     add("--rho", type=float, help="share of the batch in the centroids' moving average (default: %(default)s, published)")
     add("--noise", type=float, metavar="SIZE", help="standard deviation of the noise round a centroid, in units of the "

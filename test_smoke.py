@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
 """Everything that must hold, in a few minutes on two cores and without a download: `python -m pytest -q`."""
-import contextlib
 import copy
 import io
 import json
@@ -350,18 +349,41 @@ def test_alignment_pulls_towards_the_centroid_and_rests_on_it():
     seen = torch.ones(4, dtype=torch.bool)
     clusterq.sfda_loss(means, variances, means.detach(), variances.detach(), weight, seen).backward(retain_graph=True)
     assert all((h.grad == 0).all() for h in inputs)
-    noise = clusterq.intra_class_noise(torch.randn(4, 10), torch.randn(10, 9), 0.3)
+    noise = clusterq.intra_class_noise(means, 0.3)
     seen[1] = False
     clusterq.sfda_loss(means, variances, means.detach() + noise, variances.detach() + noise, weight, seen).backward()
     assert all(h.grad[i].abs().sum() > 0 for h in inputs for i in (0, 2, 3)) and all((h.grad[1] == 0).all() for h in inputs)
 
 
-def test_noise_round_the_centroid_has_its_size_and_belongs_to_z():
-    z, directions = torch.randn(500, 100), torch.randn(100, 30)
-    noise = clusterq.intra_class_noise(z, directions, 0.3)
-    assert (noise.std() - 0.3).abs() < 0.03 and noise.mean().abs() < 0.03
-    assert torch.equal(noise, clusterq.intra_class_noise(z, directions, 0.3)) and (noise[0] != noise[1]).all()
-    assert (clusterq.intra_class_noise(z, directions, 0.0) == 0).all()
+def test_spread_loss_is_alignment_to_the_nearest_noise_of_its_size():
+    inputs, weight, (means, variances) = statistics_of((4, 3, 5, 5), (4, 6, 2, 2))
+    mu, var, seen = torch.randn(4, 9), torch.rand(4, 9), torch.tensor([True, False, True, True])
+    loss = lambda amplitude: clusterq.spread_loss(means, variances, mu, var, weight, seen, amplitude)
+    assert torch.allclose(loss(0.0), clusterq.sfda_loss(means, variances, mu, var, weight, seen), rtol=1e-4)
+    e = [0.3 * d / (d[seen].square().mean(0)).sqrt() for d in (means - mu, variances - var)]  # root mean square 0.3, nearest
+    assert torch.allclose(loss(0.3), clusterq.sfda_loss(means, variances, mu + e[0], var + e[1], weight, seen), rtol=1e-4)
+    other = [noise[torch.tensor([2, 1, 3, 0])] for noise in e]
+    other = [0.3 * d / (d[seen].square().mean(0)).sqrt() for d in other]
+    assert loss(0.3) < clusterq.sfda_loss(means, variances, mu + other[0], var + other[1], weight, seen)
+    assert clusterq.spread_loss(means, variances, mu, var, weight, torch.zeros(4, dtype=torch.bool), 0.3) == 0
+
+
+def test_spread_loss_pushes_outwards_below_its_size_and_inwards_above():
+    mu, weight, seen = torch.zeros(6, 2), torch.full((2,), 0.5), torch.ones(6, dtype=torch.bool)
+    for size, direction in ((0.1, -1), (1.0, 1)):
+        means = (torch.randn(6, 2).sign() * size).requires_grad_()
+        clusterq.spread_loss(means, mu, mu, mu, weight, seen, 0.3).backward()
+        assert (means.grad.sign() == direction * means.sign()).all()
+    means = torch.zeros(6, 2, requires_grad=True)
+    clusterq.spread_loss(means, mu, mu, mu, weight, seen, 0.0).backward()
+    assert (means.grad == 0).all()
+
+
+def test_published_noise_has_its_size_and_is_drawn_anew():
+    like = torch.zeros(500, 30)
+    noise = clusterq.intra_class_noise(like, 0.3)
+    assert (noise.std() - 0.3).abs() < 0.01 and noise.mean().abs() < 0.01
+    assert (noise != clusterq.intra_class_noise(like, 0.3)).all() and (clusterq.intra_class_noise(like, 0.0) == 0).all()
 
 
 BATCHES = {"usual": ([0, 1, 1, 4, 0, 1], [1, 1, 0, 1, 1, 1]), "one class": ([2] * 6, [1, 0, 1, 1, 1, 1]),
@@ -432,6 +454,71 @@ def test_quantize_is_the_same_for_the_same_seed(teacher, script):
     assert same(state_bytes(a), state_bytes(b)) and not same(state_bytes(a), state_bytes(c))
 
 
+def test_measuring_does_not_change_the_student(teacher, script):
+    def evaluate(model):
+        return torch.rand(()).item()
+    measured, plain = (script.quantize(teacher, **SMALL, iterations=4, evaluate=how)[0] for how in (evaluate, None))
+    assert same(state_bytes(measured), state_bytes(plain))
+
+
+def test_reduced_precision_leaves_the_quantization_grid_alone(teacher, script, monkeypatch):
+    seen, real = [], quant.fake_quantize
+
+    def watching(x, scale, zero_point, quant_min, quant_max, axis=None):
+        y = real(x, scale, zero_point, quant_min, quant_max, axis)
+        shape = [1] * x.dim()
+        if axis is not None:
+            shape[axis] = -1
+        codes = y.detach() / scale.view(shape) + zero_point.view(shape)
+        seen.append(x.dtype == y.dtype == torch.float32 and ((codes - codes.round()).abs() < 1e-3).all()
+                    and codes.min() > quant_min - 0.5 and codes.max() < quant_max + 0.5)
+        return y
+    monkeypatch.setattr(quant, "fake_quantize", watching)
+    half, _ = script.quantize(teacher, **SMALL, iterations=4, precision="bfloat16")
+    assert len(seen) > 50 and all(seen)
+    full, _ = script.quantize(teacher, **SMALL, iterations=4, precision="float32")
+    assert not same(state_bytes(half), state_bytes(full))
+
+
+def test_an_iteration_never_waits_for_the_device(teacher, script, monkeypatch):
+    """No value travels from a tensor to Python in an iteration (on a GPU each would stop the queue of work)."""
+    waits, at_start = [], []
+
+    class Watching(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal,
+                                           torch.ops.aten._unique2, torch.ops.aten.masked_select):
+                waits.append(function)
+            return function(*args, **(kwargs or {}))
+
+    real_draw = script.draw
+    monkeypatch.setattr(script, "draw", lambda *args: (at_start.append(len(waits)), real_draw(*args))[1])
+    monkeypatch.setattr(script.Run, "report", lambda self, step, losses: setattr(self, "step", step))
+    for optimizer in (torch.optim.Adam, torch.optim.SGD):  # their step counts lie on the host
+        monkeypatch.setattr(optimizer, "step", lambda self: None)
+    monkeypatch.setattr(script, "Progress", lambda *args: None)
+    with Watching():
+        script.quantize(teacher, **SMALL, iterations=8, warmup=0.25)
+    assert len(at_start) == 28 and at_start[-1] == at_start[-6] and len(waits) > 0
+
+
+def test_two_runs_in_one_folder_are_refused(teacher, tmp_path, script):
+    lock = script.lock_folder(tmp_path)
+    with pytest.raises(script.BadInput, match="another run"):
+        script.quantize(teacher, **SMALL, iterations=4, out=tmp_path)
+    os.close(lock)
+    script.quantize(teacher, **SMALL, iterations=2, out=tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, script):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(ZeroDivisionError):
+        with script.atomically(tmp_path / "file") as path:
+            path.write_text("half")
+            1 / 0
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "old"
+
+
 @pytest.mark.parametrize("stop_at", (2, 5, 8))
 def test_resume_gives_the_same_bits_as_an_uninterrupted_run(teacher, tmp_path, stop_at, monkeypatch, script):
     arguments = dict(SMALL, iterations=8, warmup=0.5, evaluate=lambda model: 50.0)
@@ -471,6 +558,23 @@ def test_a_teacher_that_gives_nan_or_has_no_batch_norm_is_refused(teacher, scrip
     plain = nn.Sequential(nn.Conv2d(3, 7, 16), nn.Flatten(), nn.Linear(7, 7))
     with pytest.raises(script.BadInput, match="batch norm"):
         script.quantize(plain, **SMALL, iterations=4)
+
+
+@pytest.mark.parametrize("off", (dict(sfda=False), dict(variance=False), dict(ema=False), dict(fresh_noise=True)))
+def test_every_part_of_clusterq_changes_the_student(teacher, off):
+    whole, part = (clusterq.quantize(teacher, **SMALL, iterations=6, **options)[0] for options in ({}, off))
+    assert not same(state_bytes(whole), state_bytes(part))
+
+
+@pytest.mark.parametrize("off", (dict(lka=False), dict(margin=0.3), dict(kd="kl")))
+def test_every_part_of_lrq_changes_the_student(teacher, off):
+    whole, part = (lrq.quantize(teacher, **SMALL, iterations=6, **options)[0] for options in ({}, off))
+    assert not same(state_bytes(whole), state_bytes(part))
+
+
+def test_a_run_that_diverges_stops_and_says_so(teacher, tmp_path, script):
+    with pytest.raises(script.BadInput, match="nan at iteration"):
+        script.quantize(teacher, **SMALL, iterations=8, student_lr=1e30, out=tmp_path)
 
 
 def test_a_convolution_can_be_the_classifier(script):
