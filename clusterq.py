@@ -10,11 +10,12 @@ Q learns from P on them.
     python clusterq.py --help                             # every flag, its default and where that comes from
 
 The algorithm, as numbered in quantize():
- 1. Once, after the generator's warm-up: each class's centroid, and the ranges of Q's activations, from its images.
+ 1. Once, after the generator's warm-up, by its images: each class's centroid, the ranges of Q's activations, and the
+    shift that rounding gave the means of Q's channels, which is corrected.
  2. Draw noise z and labels y, and images x = G(z, y) from them.
  3. Generator step on L_G = L_CE + a L_BNS + b L_SFDA, through the frozen P; G learns alone, without L_SFDA, at first.
  4. The centroids follow the images as exponential moving averages.
- 5. Student step on the same images: L_Q = CE(Q(x), y) + KL(P(x) || Q(x)) T^2.
+ 5. Student step on the same images: L_Q = CE(Q(x), y) + KL(P(x) || Q(x)) T^2, CE only where P sees y in x.
  6. Report and save.
  7. Evaluate, and write Q as integers.
 
@@ -49,7 +50,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision import datasets, models, transforms, utils
 
-from quant import copy_without_hooks, freeze, observe, pack, quantize_model, unpack
+from quant import copy_without_hooks, correct_bias, freeze, observe, pack, quantize_model, unpack
 
 try:
     import fcntl
@@ -138,7 +139,7 @@ def semantic_statistics(inputs, units):
 
 
 def sfda_loss(means, variances, target_means, target_variances, channel_weight, seen):
-    """L_SFDA = mean_l [ MSE(m_il, mu_{y_i,l} + e) + MSE(v_il, var_{y_i,l} + e') ]     (arXiv 2205.00179; our DESIGN of it)
+    """L_SFDA = mean_l [ MSE(m_il, mu_{y_i,l} + e) + MSE(v_il, var_{y_i,l} + e') ]     (ClusterQ, arXiv 2205.00179)
 
     means, variances: m_il and v_il, (B, C). target_*: each image's centroid, noise included, (B, C). channel_weight:
     1 / (layers * C_l) for a channel of layer l, (C,), which makes the sum over channels a mean over a layer's channels
@@ -300,20 +301,23 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     with Run(settings, teacher, student, generator, device, evaluate, out, resume, checkpoint_every, centroids=centroids,
              generator_optimizer=generator_optimizer, student_optimizer=student_optimizer) as run:
         for step in range(run.step, iterations):
-            # 1. Once, after the generator's warm-up: each class's centroid and the activation ranges, from its images.
+            # 1. Once, after the generator's warm-up, by its images: each class's centroid; activation ranges, after which
+            # plain quantization is measured, and the shift that rounding gave each channel's mean.
             if step == warm_iterations:
                 observe(student)
+                batches = []
                 with torch.no_grad():
                     for _ in range(20):
                         z, labels = draw(batch_size, num_classes, generator, device)
                         with autocast():
-                            images = generator(z, labels)
-                            teacher_logits, _, _, inputs = teacher_forward(teacher, layer, images)
+                            batches.append(generator(z, labels))
+                            teacher_logits, _, _, inputs = teacher_forward(teacher, layer, batches[-1])
                         centroids.update(*semantic_statistics(inputs[first:], units[first:]), labels,
                                          teacher_logits.argmax(1) == labels)
-                        student(images)
+                        student(batches[-1])
                 freeze(student)
                 run.measure("ptq")
+                correct_bias(student, teacher, batches)
 
             # 2. Draw noise and labels, and images from them.
             z, labels = draw(batch_size, num_classes, generator, device)

@@ -183,6 +183,24 @@ def test_state_dict_brings_the_ranges_along():
     assert torch.equal(again(x), student(x)) and torch.equal(copy.deepcopy(student)(x), student(x))
 
 
+def test_bias_correction_gives_batch_norms_the_mean_of_the_teacher():
+    teacher = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8)).eval()
+    for layer in (teacher[1], teacher[4]):
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.5, 2)
+        layer.weight.data.uniform_(0.5, 2)
+        layer.bias.data.normal_()
+    student, batches = calibrated(teacher, bits=(2, 3)), [torch.randn(16, 3, 16, 16) for _ in range(3)]
+    before = state_bytes(student)
+    off = [(student(x).mean((0, 2, 3)) - teacher(x).mean((0, 2, 3))).abs().max().item() for x in batches]
+    assert quant.correct_bias(student, teacher, batches) is student
+    corrected = [(student(x).mean((0, 2, 3)) - teacher(x).mean((0, 2, 3))).abs().max().item() for x in batches]
+    assert max(corrected) < 0.1 * min(off)
+    changed = {key for key, value in student.state_dict().items() if torch.is_tensor(value) and not torch.equal(value, before[key])}
+    assert changed == {"1.bias", "4.bias"}
+    assert not any(layer._forward_pre_hooks for model in (teacher, student) for layer in (model[1], model[4]))
+
+
 def test_a_layer_with_its_own_forward_is_refused():
     class Standardized(nn.Conv2d):
         def forward(self, x):
@@ -320,6 +338,10 @@ def test_generator_has_a_long_range_only_with_attention():
     (lrq.LargeKernelAttention(4)(x)[0, 0, 20, 20]).backward()
     reached = x.grad.abs().sum((0, 1)).nonzero()
     assert reached.min().item() == 20 - 11 and reached.max().item() == 20 + 11
+    block = lrq.LargeKernelAttention(4)
+    for size in (6, 8, 41):
+        y = torch.randn(2, 4, size, size + 1)
+        assert torch.allclose(block.dilated(y), block.long_range(y), atol=1e-5)
     assert not any(isinstance(layer, lrq.LargeKernelAttention) for layer in lrq.Generator(16, 7, lka=False).modules())
 
 
