@@ -74,7 +74,8 @@ class ConditionalBatchNorm2d(nn.Module):
         nn.init.zeros_(self.bias.weight)
 
     def forward(self, x, labels):
-        return self.norm(x) * self.weight(labels)[:, :, None, None] + self.bias(labels)[:, :, None, None]
+        weight, bias = (table(labels)[:, :, None, None].to(x.dtype) for table in (self.weight, self.bias))
+        return torch.addcmul(bias, self.norm(x), weight)
 
 
 class Generator(nn.Module):
@@ -319,7 +320,8 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
                         student(batches[-1])
                 freeze(student)
                 run.measure("ptq")
-                correct_bias(student, teacher, batches)
+                correct_bias(observe(student), teacher, batches)  # activations in float; their ranges are observed again
+                freeze(student)
 
             # 2. Draw noise and labels, and images from them.
             z, labels = draw(batch_size, num_classes, generator, device)

@@ -3,8 +3,8 @@
 
     student = quantize_model(model, w_bits=4, a_bits=4)   # a copy; `model` stays as it is
     observe(student); student(images)                     # learn the activation ranges
-    freeze(student)                                       # fix them; from here on the student is quantized and trains
-    correct_bias(student, model, [images])                # undo the shift of each channel's mean, before any training
+    correct_bias(student, model, [images])                # undo the shift that rounded weights give each channel's mean
+    freeze(student)                                       # fix the ranges; from here on the student is quantized and trains
     torch.save(pack(student), "student.pt")
     student = unpack(torch.load("student.pt", weights_only=True), model)
 
@@ -266,7 +266,9 @@ def correct_bias(student, teacher, batches):
     Rounded weights shift the mean of each channel, and the layers after it see values that they never saw: at 5 bits
     that is most of what MobileNetV1 loses. batches: images, (B, C, H, W) each, for which the shift d is measured, in
     running order, so that each layer sees those before it corrected; the bias of its batch norm loses weight * d /
-    sqrt(running_var + eps), d averaged over the batches so far. Call it after freeze; running statistics stay.
+    sqrt(running_var + eps), d averaged over the batches so far. Running statistics stay. Call it while the student
+    observes: activations then pass in float, and their ranges are observed as corrected. What clipped activations shift
+    belongs to these images more than to real ones.
     Source: bias correction, Nagel et al., arXiv 1906.04721, section 4.2, here measured on images. Returns the student.
     """
     norms = [[layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d) and layer.affine and
