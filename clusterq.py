@@ -796,7 +796,7 @@ class Run:
             raise BadInput("resume: name the folder of the checkpoint with out")
         self.settings = {**settings, "teacher": fingerprint(teacher)}
         self.teacher, self.student, self.generator, self.device, self.evaluate = teacher, student, generator, device, evaluate
-        self.out, self.resume, self.checkpoint_every = out and Path(out), resume, checkpoint_every
+        self.out, self.resume, self.checkpoint_every = None if out is None else Path(out), resume, checkpoint_every
         self.parts = {"student": student, "generator": generator, **parts}
         self.step, self.seconds, self.figures, self.rows, self.requests, self.lock = 0, 0.0, {}, [], [], None
 
@@ -829,7 +829,7 @@ class Run:
 
     def stop(self, number, frame):
         """Signal handler: the loop stops between two iterations; asked a second time, or outside of it, at once."""
-        if self.requests or not hasattr(self, "start"):
+        if self.requests or not hasattr(self, "start") or self.step == self.settings["iterations"]:
             raise KeyboardInterrupt
         self.requests.append(number)
 
