@@ -855,7 +855,6 @@ class Run:
             writer = csv.DictWriter(file, list(self.rows[-1]) if self.rows else ["step"], restval="")
             writer.writeheader()
             writer.writerows(self.rows)
-        self.save_samples()
         self.saved = time.monotonic()
 
     def load(self):
@@ -908,6 +907,8 @@ class Run:
                 path.write_bytes(files[1].getbuffer())
             with atomically(self.out / "result.json") as path:
                 path.write_text(json.dumps(result, indent=2) + "\n")
+            if len(self.settings["mean"]) in (1, 3):  # what a picture can show
+                self.save_samples()
         w, a = self.settings["w_bits"], self.settings["a_bits"]
         plain, smaller = f"plain {w}-bit" if w == a else f"plain W{w}A{a}", f"{fp_mb / q_mb:.1f}x smaller"
         if self.evaluate is not None:
