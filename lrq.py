@@ -418,7 +418,7 @@ def draw_shapes(count, seed):
 
 def shapes_teacher():
     """The demonstration's teacher: a ResNet-8 trained on 8,000 drawn pictures from a fixed seed, cached by torch.hub."""
-    cache = Path(torch.hub.get_dir()) / "checkpoints" / "zsq_shapes_resnet8_v2.pt"
+    cache = Path(torch.hub.get_dir()) / "checkpoints" / "zsq_shapes_resnet8_v3.pt"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = CifarResNet(1, 10).to(memory_format=torch.channels_last)
@@ -435,6 +435,8 @@ def shapes_teacher():
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=steps)
         progress = Progress("teacher", steps)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # sums in one order, so the same teacher for any number of cores
         for step in range(steps):
             if step % (len(images) // batch_size) == 0:
                 order = torch.randperm(len(images))
@@ -445,6 +447,7 @@ def shapes_teacher():
             optimizer.step()
             schedule.step()
             progress(step + 1, {"L_CE": loss.detach()})
+        torch.set_num_threads(threads)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with atomically(cache) as path:
