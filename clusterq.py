@@ -889,13 +889,12 @@ class Run:
 
     @torch.no_grad()
     def save_samples(self):
-        """samples.png: generated images from the same noise each time, one row a class, ten classes at the most."""
+        """samples.png: generated images, the same noise for any run, one row a class, ten classes at the most."""
         num_classes, mean, std = (self.settings[key] for key in ("num_classes", "mean", "std"))
         rows, columns = min(num_classes, 10), 8 if self.generator.start_size <= 16 else 4
         labels = (torch.arange(rows) * num_classes // rows).repeat_interleave(columns).to(self.device)
         z = torch.randn(len(labels), self.generator.latent_dim, generator=torch.Generator().manual_seed(0)).to(self.device)
         images = self.generator.eval()(z, labels).float().cpu()
-        self.generator.train()
         pixels = images * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
         with atomically(self.out / "samples.png") as path:
             utils.save_image(pixels.clamp(0, 1), path, nrow=columns, format="png")
