@@ -294,6 +294,22 @@ def test_batch_norm_loss_against_numpy():
     assert np.isclose(lrq.batch_norm_loss(h, mu, var).item(), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dims", ((0, 2, 3), (2, 3)))
+def test_mean_and_variance_are_those_of_torch_and_so_are_their_gradients(dims, script):
+    h = (torch.randn(4, 5, 6, 7) * 3 + 10).requires_grad_()
+    weights, grads = None, []
+    for mean, var in (script.MeanVariance.apply(h, dims), torch.var_mean(h.double(), dims, unbiased=False)[::-1]):
+        weights = weights or (torch.randn_like(mean), torch.randn_like(var))
+        grads.append((mean, var, *torch.autograd.grad((mean * weights[0]).sum() + (var * weights[1]).sum(), h)))
+    for own, of_torch in zip(*grads):
+        assert torch.allclose(own.double(), of_torch.double(), atol=1e-5)
+
+
+def test_upsampled_convolution_is_that_of_the_upsampled_image(script):
+    conv, x = nn.Conv2d(6, 5, 3, padding=1), torch.randn(2, 6, 7, 9)
+    assert torch.allclose(script.upsampled(conv, x), conv(F.interpolate(x, scale_factor=2)), atol=1e-5)
+
+
 @pytest.mark.parametrize("loss", ("ama", "bns", "sfda"))
 @pytest.mark.parametrize("num_classes", (7, 200))
 def test_generator_losses_train_every_parameter_of_the_generator(loss, num_classes):
