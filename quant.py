@@ -64,9 +64,10 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, zero_point, quant_min, quant_max):
         q = (x * (1 / scale)).round_().add_(zero_point)
+        clipped = q.clamp(quant_min, quant_max)
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward((q >= quant_min) & (q <= quant_max))
-        return q.clamp_(quant_min, quant_max).sub_(zero_point).mul_(scale)
+            ctx.save_for_backward(q == clipped)
+        return clipped.sub_(zero_point).mul_(scale)
 
     @staticmethod
     def backward(ctx, grad_output):

@@ -286,6 +286,13 @@ def test_margin_has_finite_gradients_at_every_angle():
         assert f.grad.isfinite().all() and f.grad.abs().sum() > 0
 
 
+def test_label_angles():
+    w = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    f = torch.tensor([[3.0, 0.0], [1.0, 1.0], [-5.0, 0.0], [0.0, 7.0]])
+    angles = lrq.label_angles(f, w, torch.tensor([0, 1, 0, 0]))
+    assert torch.allclose(angles, torch.tensor([0.0, 45.0, 180.0, 90.0]), atol=0.1)
+
+
 def test_batch_norm_loss_against_numpy():
     h = [torch.randn(4, 3, 5, 5) * 2 + 1, torch.randn(4, 6, 2, 2)]
     mu, var = [torch.randn(3), torch.randn(6)], [torch.rand(3), torch.rand(6)]
