@@ -291,7 +291,7 @@ class Centroids(nn.Module):
 
 def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, iterations, batch_size, seed=0,
              device="auto", evaluate=None, out=None, symmetric=False, classifier=None, precision="auto", sfda=True,
-             variance=True, fresh_noise=False, ema=True, rho=0.2, noise=0.3, first_layer=None, temperature=20.0,
+             variance=True, fresh_noise=False, ema=True, rho=0.2, noise=0.3, first_layer=None, temperature=4.0,
              bns_weight=1.0, sfda_weight=0.9, generator_lr=1e-3, student_lr=None, warmup=0.15, separability=False,
              resume=False, checkpoint_every=60, about=None):
     """Quantize a trained classifier without its data. Returns (student, result).
@@ -1131,7 +1131,7 @@ def main(argv=None):
         "(L + 1) // 2 - 2, published)")
     add("--sfda-weight", type=float, help="weight of L_SFDA (default: %(default)s, published)")
     add("--bns-weight", type=float, help="weight of L_BNS (default: %(default)s; published 0.1)")
-    add("--temperature", type=float, metavar="T", help="temperature of the distillation (default: %(default)s, published)")
+    add("--temperature", type=float, metavar="T", help="temperature of the distillation (default: %(default)s; published 20)")
     add("--separability", action="store_true", help="measure how well classes separate in the teacher's features of "
         "generated images, and of those of --data beside them")
     command_line(parser, argv)

@@ -622,6 +622,17 @@ def test_a_run_that_diverges_stops_and_says_so(teacher, tmp_path, script):
         script.quantize(teacher, **SMALL, iterations=8, student_lr=1e30, out=tmp_path)
 
 
+def test_a_large_gradient_does_not_throw_the_student_far(teacher, monkeypatch, script):
+    """One step of Nesterov's SGD moves it by 1.9 learning rates times the gradient, whose norm is cut to 3."""
+    real_loss = script.kd_loss
+    monkeypatch.setattr(script, "kd_loss", lambda *args: 1e5 * real_loss(*args))
+    options = dict(kd="kl") if script is lrq else {}
+    student, _ = script.quantize(teacher, **SMALL, iterations=2, warmup=0.5, student_lr=0.01, **options)
+    before = dict(teacher.named_parameters())
+    moved = sum((p - before[name]).square().sum() for name, p in student.named_parameters() if name != "bn.bias").sqrt()
+    assert 0.01 < moved < 0.01 * 1.9 * 3 * 1.05
+
+
 def test_a_convolution_can_be_the_classifier(script):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 7, 1), nn.Flatten())
     student, result = script.quantize(model, **SMALL, iterations=3)
