@@ -346,7 +346,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
                         student(batches[-1])
                 freeze(student)
                 run.measure("ptq")
-                correct_bias(observe(student), teacher, batches)  # activations in float; their ranges are observed again
+                correct_bias(observe(student), teacher, batches)  # activations in float; their ranges go on moving
                 freeze(student)
 
             # 2. Draw noise and labels, and images from them.
@@ -544,6 +544,7 @@ def build_teacher(arch, dataset):
     """The untrained network: (model, image size, mean, std, preprocessing of its test images, published weights)."""
     mean, std, size, num_classes, *_ = DATASETS[dataset]
     resize, crop, published = (256, 224, None) if size == 224 else (size, size, None)
+    interpolation = transforms.InterpolationMode.BILINEAR
     if arch in ("shapes", "resnet20"):
         model = CifarResNet(1 if arch == "shapes" else 3, num_classes)
     else:
@@ -557,9 +558,10 @@ def build_teacher(arch, dataset):
                 model.transform_input = True
             how = published.transforms()
             mean, std, resize, crop = tuple(how.mean), tuple(how.std), how.resize_size[0], how.crop_size[0]
+            interpolation = how.interpolation
     if not any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
         raise BadInput(f"--arch {arch} has no batch norm, whose statistics the method needs: choose one that has")
-    preprocess = transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(crop), transforms.ToTensor(),
+    preprocess = transforms.Compose([transforms.Resize(resize, interpolation), transforms.CenterCrop(crop), transforms.ToTensor(),
                                      transforms.Normalize(mean, std)])
     return model.eval(), -(-crop // 4) * 4, mean, std, preprocess, published
 
@@ -575,7 +577,8 @@ def load_teacher(args, model, published):
     else:
         try:
             model.load_state_dict(published.get_state_dict(progress=True, check_hash=True) if published else
-                                  torch.hub.load_state_dict_from_url(CIFAR_WEIGHTS[args.dataset]))
+                                  torch.hub.load_state_dict_from_url(
+                                      CIFAR_WEIGHTS[args.dataset], map_location="cpu", check_hash=True, weights_only=True))
         except (OSError, RuntimeError) as error:
             raise BadInput(f"the weights of {args.arch} could not be fetched ({first_line(error)}): "
                            "--weights FILE takes a state dict that you have") from error
@@ -634,7 +637,11 @@ def prepare_teacher(teacher, image_size, num_classes, channels, classifier, devi
     layer = find_classifier(teacher, num_classes, classifier)
     with torch.no_grad():
         noise = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
-        logits, features, norms, _ = teacher_forward(teacher, layer, noise)
+        try:
+            logits, features, norms, _ = teacher_forward(teacher, layer, noise)
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise BadInput(f"the teacher cannot be run on {image_size} x {image_size} images, or not through the layer taken for "
+                           f"its classifier ({first_line(error)}): check image_size and classifier") from error
         if not norms:
             raise BadInput("the teacher has no batch norm with running statistics, which the method needs")
         if tuple(logits.shape) != (2, num_classes):
@@ -725,6 +732,7 @@ def choose_device(name, precision):
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {name} cannot be used here ({first_line(error)}): try --device cpu") from error
     torch.backends.cudnn.benchmark = True  # every iteration has the same shapes
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32: the student's grid is exact
     if precision == "auto":
         able = torch.cpu.get_capabilities()
         native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
@@ -842,6 +850,8 @@ class Run:
         try:
             if self.resume:
                 self.load()
+                if self.evaluate is not None and "fp_top1" not in self.figures:  # the first part had no images to measure on
+                    self.measure("fp")
             else:
                 self.measure("fp")
                 if self.out is not None:
@@ -1000,7 +1010,7 @@ class Run:
         w, a = self.settings["w_bits"], self.settings["a_bits"]
         plain, smaller = f"plain {w}-bit" if w == a else f"plain W{w}A{a}", f"{fp_mb / q_mb:.1f}x smaller"
         if self.evaluate is not None:
-            print(f"full precision {result['fp_top1']:.1f} %  {plain} {result['ptq_top1']:.1f} %  "
+            print(f"full precision {result['fp_top1']:.1f} %  {plain} {result.get('ptq_top1', math.nan):.1f} %  "
                   f"{METHOD} {result['q_top1']:.1f} %  {smaller}")
         else:
             print(f"agreement with the teacher on synthetic images: {plain} {result['ptq_agreement']:.1f} %  "
@@ -1122,8 +1132,10 @@ def main(argv=None):
     add = parser.add_argument_group("method").add_argument
     add("--no-sfda", dest="sfda", action="store_false", help="no alignment to the centroids")
     add("--no-variance", dest="variance", action="store_false", help="no noise round the centroids")
-    add("--fresh-noise", action="store_true", help="noise drawn anew in each iteration, as published")
-    add("--no-ema", dest="ema", action="store_false", help="centroids stay as they were after the warm-up")
+    add("--fresh-noise", action="store_true", help="noise drawn anew in each iteration, as published (none with "
+        "--no-variance)")
+    add("--no-ema", dest="ema", action="store_false", help="centroids stay as they were after the warm-up, or as "
+        "first seen")
     add("--rho", type=float, help="share of the batch in the centroids' moving average (default: %(default)s, published)")
     add("--noise", type=float, metavar="SIZE", help="standard deviation of the noise round a centroid, in units of the "
         "layer's own (default: %(default)s; published: uniform, 0.03 and 0.05 at most, in absolute size)")

@@ -268,7 +268,7 @@ def correct_bias(student, teacher, batches):
     that is most of what MobileNetV1 loses. batches: images, (B, C, H, W) each, for which the shift d is measured, in
     running order, so that each layer sees those before it corrected; the bias of its batch norm loses weight * d /
     sqrt(running_var + eps), d averaged over the batches so far. Running statistics stay. Call it while the student
-    observes: activations then pass in float, and their ranges are observed as corrected. What clipped activations shift
+    observes: activations then pass in float, and their ranges go on moving as corrected. What clipped activations shift
     belongs to these images more than to real ones.
     Source: bias correction, Nagel et al., arXiv 1906.04721, section 4.2, here measured on images. Returns the student.
     """

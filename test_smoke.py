@@ -356,7 +356,7 @@ def test_student_losses_train_every_parameter_of_the_student(loss):
 
 
 def test_generator_has_a_long_range_only_with_attention():
-    """The gradient of one output pixel of a block reaches 21 x 21 neighbours, the 7 x 7 (dilation 3) of a 5 x 5."""
+    """The gradient of one output pixel of a block reaches 23 x 23 pixels, the 7 x 7 (dilation 3) of a 5 x 5."""
     x = torch.randn(1, 4, 41, 41, requires_grad=True)
     (lrq.LargeKernelAttention(4)(x)[0, 0, 20, 20]).backward()
     reached = x.grad.abs().sum((0, 1)).nonzero()
@@ -547,6 +547,12 @@ def test_an_iteration_never_waits_for_the_device(teacher, script, monkeypatch):
     assert len(at_start) == 28 and at_start[-1] == at_start[-6] and len(waits) > 0
 
 
+def test_resume_may_bring_the_images_to_measure_on(teacher, tmp_path, script):
+    script.quantize(teacher, **SMALL, iterations=2, out=tmp_path)
+    _, result = script.quantize(teacher, **SMALL, iterations=2, out=tmp_path, resume=True, evaluate=lambda model: 50.0)
+    assert result["fp_top1"] == result["q_top1"] == 50.0
+
+
 def test_two_runs_in_one_folder_are_refused(teacher, tmp_path, script):
     lock = script.lock_folder(tmp_path)
     with pytest.raises(script.BadInput, match="another run"):
@@ -589,7 +595,7 @@ def test_resume_gives_the_same_bits_as_an_uninterrupted_run(teacher, tmp_path, s
 
 @pytest.mark.parametrize("change, message", (
     (dict(image_size=18), "multiple of 4"), (dict(num_classes=8), "num_classes"), (dict(classifier="stem2"), "stem2"),
-    (dict(classifier="twice"), "classifier"), (dict(w_bits=1), "2 to 8"), (dict(bns_weight=float("nan")), "bns-weight"),
+    (dict(classifier="twice"), "classifier"), (dict(mean=(0.5,) * 4, std=(0.25,) * 4), "cannot be run"), (dict(w_bits=1), "2 to 8"), (dict(bns_weight=float("nan")), "bns-weight"),
     (dict(student_lr=float("inf")), "student-lr"), (dict(out="/dev/null/x"), "/dev/null/x")))
 def test_quantize_refuses_what_it_cannot_use(teacher, change, message, script):
     with pytest.raises(script.BadInput, match=message):
