@@ -415,13 +415,26 @@ class BadInput(ValueError):
     """Something that the user gave cannot be used; the message is one line that says what and what to do."""
 
 
+def whole(low, high=2 ** 63 - 1):
+    return lambda v: isinstance(v, int) and low <= v <= high
+
+
+def numbers(v):
+    return isinstance(v, (tuple, list)) and len(v) > 0 and all(isinstance(x, (int, float)) and math.isfinite(x) for x in v)
+
+
 POSITIVE = (lambda v: 0 < v < math.inf, "a number above 0")
 NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "a finite number, 0 or more")
 COMMON_RULES = {  # setting: (whether a value will do, what to choose)
-    "w_bits": (lambda v: v in range(2, 9), "2 to 8 bits"), "a_bits": (lambda v: v in range(2, 9), "2 to 8 bits"),
-    "image_size": (lambda v: v >= 8 and v % 4 == 0, "a multiple of 4, 8 or more"),
-    "iterations": (lambda v: v >= 1, "1 or more"),
-    "batch_size": (lambda v: v >= 2, "2 or more, the least that has statistics"),
+    "w_bits": (whole(2, 8), "2 to 8 bits"), "a_bits": (whole(2, 8), "2 to 8 bits"),
+    "image_size": (lambda v: whole(8)(v) and v % 4 == 0, "a multiple of 4, 8 or more"),
+    "num_classes": (whole(2), "2 or more"),
+    "mean": (numbers, "a tuple of numbers, one a channel"),
+    "std": (lambda v: numbers(v) and min(v) > 0, "a tuple of numbers above 0, one a channel"),
+    "iterations": (whole(1), "1 or more"),
+    "batch_size": (whole(2), "2 or more, the least that has statistics"),
+    "seed": (whole(0), "a whole number, 0 or more"),
+    "checkpoint_every": (lambda v: v >= 0, "a number of seconds"),
     "warmup": (lambda v: 0 <= v < 1, "a share of the iterations, at least 0 and below 1"),
     "generator_lr": NOT_NEGATIVE,
     "student_lr": (lambda v: v is None or NOT_NEGATIVE[0](v), NOT_NEGATIVE[1]),
@@ -433,8 +446,11 @@ def check_settings(arguments):
     """Of quantize's arguments, those that the result depends on. Raises BadInput for one that cannot be used."""
     for name, (will_do, choose) in {**COMMON_RULES, **RULES}.items():
         if not will_do(arguments[name]):
-            flag = {"w_bits": "w", "a_bits": "a"}.get(name, name.replace("_", "-"))
-            raise BadInput(f"--{flag} {arguments[name]}: choose {choose}")
+            flag = {"w_bits": "--w", "a_bits": "--a"}.get(name, "--" + name.replace("_", "-"))
+            flag = name if name in ("image_size", "num_classes", "mean", "std") else flag  # given in Python alone
+            raise BadInput(f"{flag} {arguments[name]}: choose {choose}")
+    if len(arguments["mean"]) != len(arguments["std"]):
+        raise BadInput(f"mean has {len(arguments['mean'])} channels and std has {len(arguments['std'])}: give one number each")
     settings = {"method": METHOD, **(arguments.get("about") or {}),
                 **{key: value for key, value in arguments.items() if key not in NOT_SETTINGS}}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
@@ -673,10 +689,13 @@ def load_images(args, preprocess):
     root = Path(args.data)
     if not root.is_dir():
         raise BadInput(f"--data {root} is not a folder: name one with a folder of images for each class")
-    if (root / "cifar-10-batches-py").is_dir() and args.dataset == "cifar10":
-        dataset = datasets.CIFAR10(root, train=False, transform=preprocess)
-    elif (root / "cifar-100-python").is_dir() and args.dataset == "cifar100":
-        dataset = datasets.CIFAR100(root, train=False, transform=preprocess)
+    archive, cifar = {"cifar10": ("cifar-10-batches-py", datasets.CIFAR10),
+                      "cifar100": ("cifar-100-python", datasets.CIFAR100)}.get(args.dataset, ("", None))
+    if cifar is not None and (root / archive).is_dir():
+        try:
+            dataset = cifar(root, train=False, transform=preprocess)
+        except (RuntimeError, OSError) as error:
+            raise BadInput(f"--data {root} is not a whole CIFAR folder ({first_line(error)}): unpack the archive again") from error
     else:
         folder = next((root / name for name in ("val", "test") if (root / name).is_dir()), root)
         try:
@@ -731,6 +750,8 @@ def choose_device(name, precision):
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {name} cannot be used here ({first_line(error)}): try --device cpu") from error
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     torch.backends.cudnn.benchmark = True  # every iteration has the same shapes
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32: the student's grid is exact
     if precision == "auto":
@@ -896,11 +917,14 @@ class Run:
 
     def measure(self, name):
         """figures: NAME_top1, in percent, if there is a way to measure it. Leaves the random numbers as they are."""
+        begun = time.monotonic()
         if self.evaluate is not None:
             with torch.random.fork_rng(devices=[]):
                 self.figures[f"{name}_top1"] = self.evaluate(self.teacher if name == "fp" else self.student)
         if name != "fp":
             self.figures[f"{name}_agreement"], self.figures["recognised"] = self.agreement()
+        if name == "ptq":  # the only one within the loop, whose seconds are those of the iterations
+            self.seconds -= time.monotonic() - begun
 
     @torch.no_grad()
     def agreement(self):
@@ -1010,8 +1034,8 @@ class Run:
         w, a = self.settings["w_bits"], self.settings["a_bits"]
         plain, smaller = f"plain {w}-bit" if w == a else f"plain W{w}A{a}", f"{fp_mb / q_mb:.1f}x smaller"
         if self.evaluate is not None:
-            print(f"full precision {result['fp_top1']:.1f} %  {plain} {result.get('ptq_top1', math.nan):.1f} %  "
-                  f"{METHOD} {result['q_top1']:.1f} %  {smaller}")
+            middle = f"{plain} {result['ptq_top1']:.1f} %  " if "ptq_top1" in result else ""  # if images came with --resume
+            print(f"full precision {result['fp_top1']:.1f} %  {middle}{METHOD} {result['q_top1']:.1f} %  {smaller}")
         else:
             print(f"agreement with the teacher on synthetic images: {plain} {result['ptq_agreement']:.1f} %  "
                   f"{METHOD} {result['q_agreement']:.1f} %  {smaller}")
@@ -1031,7 +1055,11 @@ def evaluate_student(args):
         raise BadInput("--evaluate needs --data FOLDER, the labelled images to measure on")
     model, _, _, _, preprocess, _ = build_teacher(args.arch, args.dataset)
     device, _ = choose_device(args.device, "float32")
-    student = unpack(packed, model).to(device)
+    try:
+        student = unpack(packed, model).to(device)
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"--evaluate {args.evaluate} does not fit the {args.arch} that it names ({first_line(error)}): name a "
+                       "student.pt as it was written") from error
     print(f"{args.evaluate}: top-1 {top1(student, load_images(args, preprocess), device):.2f} %")
 
 
@@ -1122,7 +1150,7 @@ def run(main):
 
 
 RULES = {"rho": (lambda v: 0 <= v <= 1, "a number from 0 to 1"), "temperature": POSITIVE, "noise": NOT_NEGATIVE,
-         "first_layer": (lambda v: v is None or v >= 0, "the number of a batch-norm layer, from 0"),
+         "first_layer": (lambda v: v is None or whole(0)(v), "the number of a batch-norm layer, from 0"),
          "bns_weight": NOT_NEGATIVE, "sfda_weight": NOT_NEGATIVE}
 
 

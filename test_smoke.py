@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -547,10 +548,18 @@ def test_an_iteration_never_waits_for_the_device(teacher, script, monkeypatch):
     assert len(at_start) == 28 and at_start[-1] == at_start[-6] and len(waits) > 0
 
 
-def test_resume_may_bring_the_images_to_measure_on(teacher, tmp_path, script):
+def test_resume_may_bring_the_images_to_measure_on(teacher, tmp_path, capsys, script):
     script.quantize(teacher, **SMALL, iterations=2, out=tmp_path)
     _, result = script.quantize(teacher, **SMALL, iterations=2, out=tmp_path, resume=True, evaluate=lambda model: 50.0)
     assert result["fp_top1"] == result["q_top1"] == 50.0
+    assert "nan" not in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_seconds_are_those_of_the_iterations_alone(teacher, script, monkeypatch):
+    clock, measured = time.monotonic, []
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + 10000 * len(measured))  # as if measuring took hours
+    _, result = script.quantize(teacher, **SMALL, iterations=4, evaluate=lambda model: measured.append(1) or 50.0)
+    assert len(measured) == 3 and 0 < result["seconds"] < 5000
 
 
 def test_two_runs_in_one_folder_are_refused(teacher, tmp_path, script):
@@ -595,7 +604,10 @@ def test_resume_gives_the_same_bits_as_an_uninterrupted_run(teacher, tmp_path, s
 
 @pytest.mark.parametrize("change, message", (
     (dict(image_size=18), "multiple of 4"), (dict(num_classes=8), "num_classes"), (dict(classifier="stem2"), "stem2"),
-    (dict(classifier="twice"), "classifier"), (dict(mean=(0.5,) * 4, std=(0.25,) * 4), "cannot be run"), (dict(w_bits=1), "2 to 8"), (dict(bns_weight=float("nan")), "bns-weight"),
+    (dict(classifier="twice"), "classifier"), (dict(mean=(0.5,) * 4, std=(0.25,) * 4), "cannot be run"), (dict(mean=(0.5,) * 2), "mean has 2 channels"),
+    (dict(mean=np.full(3, 0.5)), "^mean"), (dict(std=(0.25, 0, 0.25)), "^std"), (dict(num_classes=1), "^num_classes"),
+    (dict(w_bits=1), "2 to 8"), (dict(w_bits=4.0), "2 to 8"), (dict(iterations=1e3), "1000.0"), (dict(checkpoint_every=-1), "seconds"),
+    (dict(bns_weight=float("nan")), "bns-weight"),
     (dict(student_lr=float("inf")), "student-lr"), (dict(out="/dev/null/x"), "/dev/null/x")))
 def test_quantize_refuses_what_it_cannot_use(teacher, change, message, script):
     with pytest.raises(script.BadInput, match=message):
@@ -667,6 +679,9 @@ def made(tmp_path_factory):
                 pixels = np.random.default_rng(c * 2 + i).integers(256, size=(32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / kind / f"test/class{c}/{i}.png")
     (folder / "broken/test/class3/0.png").write_bytes(b"not a picture")
+    (folder / "half/cifar-10-batches-py").mkdir(parents=True)
+    torch.save({**quant.pack(calibrated(lrq.CifarResNet(1, 10), size=32)), "settings": {"arch": "resnet20", "dataset": "cifar10"}},
+               folder / "student.pt")
     (folder / "empty").mkdir()
     (folder / "file").touch()
     return folder
@@ -688,7 +703,10 @@ BAD_INPUT = (
     (RESNET20 + " --margin inf", "--margin inf"), (RESNET20 + " --margin nan", "--margin nan"),
     (RESNET20 + " --warmup 1", "--warmup 1"), (RESNET20 + " --precision int8", "--precision int8"), (RESNET20 + " --device cuda:99", "--device cuda:99"), ("--dataset cifar11", "--dataset"),
     ("--arch resnet18 --dataset cifar10", "--weights"), ("--arch resnet20 --dataset imagenet", "--weights"), ("--no-such-flag", "--no-such-flag"),
-    ("--evaluate {0}/text.pt", "text.pt"), ("--evaluate {0}/none.pt", "none.pt"))
+    (RESNET20 + " --seed -1", "--seed -1"), (RESNET20 + " --seed 99999999999999999999", "--seed"),
+    (RESNET20 + " --data {0}/half", "half is not a whole CIFAR folder"),
+    ("--evaluate {0}/text.pt", "text.pt"), ("--evaluate {0}/none.pt", "none.pt"),
+    ("--evaluate {0}/student.pt --data {0}/images", "does not fit the resnet20"))
 
 
 def command(script, arguments, folder, monkeypatch):
