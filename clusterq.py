@@ -90,7 +90,8 @@ class Generator(nn.Module):
     """G(z, y): noise (B, latent_dim) and labels (B,) -> images (B, 3, S, S) of zero mean and unit variance.
 
     GDFQ's generator (arXiv 2003.03603). Up to 100 classes an embedding of the label is added to z (GDFQ multiplies: see
-    the README); above, the label enters through conditional batch norm.
+    the README); above, the label enters through conditional batch norm. The first two numbers of z are also each
+    image's contrast and brightness, in which generated images would hardly differ else.
     """
 
     def __init__(self, image_size, num_classes, channels=3, latent_dim=100):
@@ -110,13 +111,15 @@ class Generator(nn.Module):
         def normalise(norm, x):
             return norm(x, labels) if self.conditional else norm(x)
 
+        contrast, brightness = (z[:, i].view(-1, 1, 1, 1) for i in (0, 1))
         if not self.conditional:
             z = z + self.embedding(labels)
         x = self.linear(z).view(len(z), self.start_size, self.start_size, 128).permute(0, 3, 1, 2)  # (B, 128, S/4, S/4)
         x = normalise(self.norm0, x)
         x = F.leaky_relu(normalise(self.norm1, upsampled(self.conv1, x)), 0.2)          # (B, 128, S/2, S/2)
         x = F.leaky_relu(normalise(self.norm2, upsampled(self.conv2, x)), 0.2)          # (B, 64, S, S)
-        return self.norm3(torch.tanh(self.conv3(x).float()))                            # (B, 3, S, S)
+        x = torch.tanh(self.conv3(x).float())                                           # (B, 3, S, S)
+        return self.norm3((0.3 * contrast).exp() * x + 0.35 * brightness)
 
 
 # ------------------------------------------------------------------------------------------------ losses

@@ -19,9 +19,9 @@ The algorithm, as numbered in quantize():
 
 Differences from the paper: no code of it was published, so where the large-kernel attention stands and what the
 Adversarial Margin Add is in equations are our reading of the abstract. From GDFQ (arXiv 2003.03603), whose generator
-and schedule it builds on: the label's embedding is added to the noise instead of multiplied, L_BNS is measured in units
-of each layer's standard deviation, and the student, its biases corrected, learns at another rate and temperature, by
-clipped gradients. The README says what was measured of this.
+and schedule it builds on: the label's embedding is added to the noise instead of multiplied, images differ in contrast and
+brightness, L_BNS is measured in units of each layer's standard deviation, and the student, its biases corrected, learns
+at another rate and temperature, by clipped gradients. The README says what was measured of this.
 
 Shapes: B batch_size, K num_classes, D features, S image_size, C channels, H and W height and width.
 """
@@ -124,7 +124,8 @@ class Generator(nn.Module):
 
     GDFQ's generator (arXiv 2003.03603) with large-kernel attention at its coarsest resolution, S/4, where one kernel
     reaches across most of the image and costs least. Up to 100 classes an embedding of the label is added to z (GDFQ
-    multiplies: see "Differences" at the top); above, the label enters through conditional batch norm.
+    multiplies: see "Differences" at the top); above, the label enters through conditional batch norm. The first two
+    numbers of z are also each image's contrast and brightness, in which generated images would hardly differ else.
     """
 
     def __init__(self, image_size, num_classes, channels=3, latent_dim=100, lka=True):
@@ -144,13 +145,15 @@ class Generator(nn.Module):
         def normalise(norm, x):
             return norm(x, labels) if self.conditional else norm(x)
 
+        contrast, brightness = (z[:, i].view(-1, 1, 1, 1) for i in (0, 1))
         if not self.conditional:
             z = z + self.embedding(labels)
         x = self.linear(z).view(len(z), self.start_size, self.start_size, 128).permute(0, 3, 1, 2)  # (B, 128, S/4, S/4)
         x = self.attention(normalise(self.norm0, x))
         x = F.leaky_relu(normalise(self.norm1, upsampled(self.conv1, x)), 0.2)          # (B, 128, S/2, S/2)
         x = F.leaky_relu(normalise(self.norm2, upsampled(self.conv2, x)), 0.2)          # (B, 64, S, S)
-        return self.norm3(torch.tanh(self.conv3(x).float()))                            # (B, 3, S, S)
+        x = torch.tanh(self.conv3(x).float())                                           # (B, 3, S, S)
+        return self.norm3((0.3 * contrast).exp() * x + 0.35 * brightness)
 
 
 # ------------------------------------------------------------------------------------------------ losses

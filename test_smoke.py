@@ -356,6 +356,14 @@ def test_student_losses_train_every_parameter_of_the_student(loss):
     assert all(p.grad.abs().sum() > 0 for p in student.parameters())
 
 
+def test_images_differ_in_contrast_and_brightness_as_their_noise_says(script):
+    generator, z = script.Generator(16, 10), torch.randn(64, 100)
+    x = generator(z, torch.randint(10, (64,)))
+    assert x.mean((0, 2, 3)).abs().max() < 1e-4 and (x.std((0, 2, 3)) - 1).abs().max() < 1e-2
+    for i, figure in enumerate((x.std((2, 3)).mean(1).log(), x.mean((1, 2, 3)))):
+        assert torch.corrcoef(torch.stack([z[:, i], figure]))[0, 1] > 0.9
+
+
 def test_generator_has_a_long_range_only_with_attention():
     """The gradient of one output pixel of a block reaches 23 x 23 pixels, the 7 x 7 (dilation 3) of a 5 x 5."""
     x = torch.randn(1, 4, 41, 41, requires_grad=True)
