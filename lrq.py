@@ -125,7 +125,7 @@ class Generator(nn.Module):
     GDFQ's generator (arXiv 2003.03603) with large-kernel attention at its coarsest resolution, S/4, where one kernel
     reaches across most of the image and costs least. Up to 100 classes an embedding of the label is added to z (GDFQ
     multiplies: see "Differences" at the top); above, the label enters through conditional batch norm. The first two
-    numbers of z are also each image's contrast and brightness, in which generated images would hardly differ else.
+    numbers of z are also each image's contrast and brightness, in which generated images would hardly differ otherwise.
     """
 
     def __init__(self, image_size, num_classes, channels=3, latent_dim=100, lka=True):
@@ -152,6 +152,7 @@ class Generator(nn.Module):
         x = self.attention(normalise(self.norm0, x))
         x = F.leaky_relu(normalise(self.norm1, upsampled(self.conv1, x)), 0.2)          # (B, 128, S/2, S/2)
         x = F.leaky_relu(normalise(self.norm2, upsampled(self.conv2, x)), 0.2)          # (B, 64, S, S)
+        # 0.3 and 0.35: about as far as real CIFAR-10 images differ; all together norm3 brings back to zero mean, unit variance.
         x = torch.tanh(self.conv3(x).float())                                           # (B, 3, S, S)
         return self.norm3((0.3 * contrast).exp() * x + 0.35 * brightness)
 
@@ -290,9 +291,10 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     or to train on; `quant.pack` gives its integers. The result is the dict that result.json holds.
     Raises BadInput, a ValueError, for settings or a teacher that cannot be used, before any long work.
     """
-    if student_lr is None:
-        student_lr = 3e-3 if num_classes <= 100 else 3e-6
     settings = check_settings(locals())
+    mean, std = settings["mean"], settings["std"]
+    if student_lr is None:
+        student_lr = settings["student_lr"] = 3e-3 if num_classes <= 100 else 3e-6
     device, dtype = choose_device(device, precision)
     settings["precision"] = str(dtype).removeprefix("torch.")
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -375,7 +377,12 @@ def whole(low, high=2 ** 63 - 1):
 
 
 def numbers(v):
-    return isinstance(v, (tuple, list)) and len(v) > 0 and all(isinstance(x, (int, float)) and math.isfinite(x) for x in v)
+    return isinstance(v, list) and len(v) > 0 and all(isinstance(x, (int, float)) and math.isfinite(x) for x in v)
+
+
+def python_values(v):
+    """Tuples, arrays, tensors and NumPy's numbers as lists and Python's own numbers, as result.json can hold them."""
+    return v.tolist() if hasattr(v, "tolist") else [python_values(x) for x in v] if isinstance(v, (tuple, list)) else v
 
 
 POSITIVE = (lambda v: 0 < v < math.inf, "a number above 0")
@@ -383,12 +390,12 @@ NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "a finite number, 0 or more")
 COMMON_RULES = {  # setting: (whether a value will do, what to choose)
     "w_bits": (whole(2, 8), "2 to 8 bits"), "a_bits": (whole(2, 8), "2 to 8 bits"),
     "image_size": (lambda v: whole(8)(v) and v % 4 == 0, "a multiple of 4, 8 or more"),
-    "num_classes": (whole(2), "2 or more"),
-    "mean": (numbers, "a tuple of numbers, one a channel"),
-    "std": (lambda v: numbers(v) and min(v) > 0, "a tuple of numbers above 0, one a channel"),
-    "iterations": (whole(1), "1 or more"),
-    "batch_size": (whole(2), "2 or more, the least that has statistics"),
-    "seed": (whole(0), "a whole number, 0 or more"),
+    "num_classes": (whole(2), "a whole number, 2 or more"),
+    "mean": (numbers, "numbers, one a channel"),
+    "std": (lambda v: numbers(v) and min(v) > 0, "numbers above 0, one a channel"),
+    "iterations": (whole(1), "a whole number, 1 or more"),
+    "batch_size": (whole(2), "a whole number, 2 or more, the least that has statistics"),
+    "seed": (whole(0), "a whole number from 0 to 2^63 - 1"),
     "checkpoint_every": (lambda v: v >= 0, "a number of seconds"),
     "warmup": (lambda v: 0 <= v < 1, "a share of the iterations, at least 0 and below 1"),
     "generator_lr": NOT_NEGATIVE,
@@ -399,16 +406,20 @@ NOT_SETTINGS = ("teacher", "device", "evaluate", "out", "resume", "checkpoint_ev
 
 def check_settings(arguments):
     """Of quantize's arguments, those that the result depends on. Raises BadInput for one that cannot be used."""
+    arguments = {name: python_values(value) for name, value in arguments.items()}
     for name, (will_do, choose) in {**COMMON_RULES, **RULES}.items():
-        if not will_do(arguments[name]):
+        try:
+            good = will_do(arguments[name])
+        except TypeError:
+            good = False
+        if not good:
             flag = {"w_bits": "--w", "a_bits": "--a"}.get(name, "--" + name.replace("_", "-"))
             flag = name if name in ("image_size", "num_classes", "mean", "std") else flag  # given in Python alone
             raise BadInput(f"{flag} {arguments[name]}: choose {choose}")
     if len(arguments["mean"]) != len(arguments["std"]):
         raise BadInput(f"mean has {len(arguments['mean'])} channels and std has {len(arguments['std'])}: give one number each")
-    settings = {"method": METHOD, **(arguments.get("about") or {}),
-                **{key: value for key, value in arguments.items() if key not in NOT_SETTINGS}}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+    return {"method": METHOD, **(arguments["about"] or {}),
+            **{key: value for key, value in arguments.items() if key not in NOT_SETTINGS}}
 
 
 # name: (mean, std, image size, classes, default iterations, default batch size)
@@ -650,7 +661,7 @@ def load_images(args, preprocess):
         try:
             dataset = cifar(root, train=False, transform=preprocess)
         except (RuntimeError, OSError) as error:
-            raise BadInput(f"--data {root} is not a whole CIFAR folder ({first_line(error)}): unpack the archive again") from error
+            raise BadInput(f"--data {root} is not a whole CIFAR folder: unpack the archive again, all of its files") from error
     else:
         folder = next((root / name for name in ("val", "test") if (root / name).is_dir()), root)
         try:
@@ -866,6 +877,8 @@ class Run:
             self.rows += [row] if log else []
         if save:
             self.save()
+        if step == iterations:  # what follows is measuring
+            self.seconds += time.monotonic() - self.start
         if self.requests:
             where = f"saved in {self.out}, --resume goes on from there" if self.out else "nothing saved without `out`"
             raise KeyboardInterrupt(f"stopped after iteration {step} of {iterations}; {where}")
@@ -966,7 +979,6 @@ class Run:
 
     def finish(self):
         """Measure the student; write student.pt and result.json, whose content is returned; print the line for people."""
-        self.seconds += time.monotonic() - self.start
         self.measure("q")
         self.student.to(memory_format=torch.contiguous_format)
         files = io.BytesIO(), io.BytesIO()
@@ -1002,17 +1014,17 @@ def evaluate_student(args):
     try:
         packed = torch.load(args.evaluate, map_location="cpu", weights_only=True)
         args.arch, args.dataset = packed["settings"]["arch"], packed["settings"]["dataset"]
+        model, _, _, _, preprocess, _ = build_teacher(args.arch, args.dataset)
     except OSError as error:
         raise BadInput(f"--evaluate {args.evaluate}: {error.strerror or first_line(error)}: name a student.pt") from error
     except Exception as error:
         raise BadInput(f"--evaluate {args.evaluate} is not a student.pt written by this command") from error
     if not args.data and args.dataset != "shapes":
         raise BadInput("--evaluate needs --data FOLDER, the labelled images to measure on")
-    model, _, _, _, preprocess, _ = build_teacher(args.arch, args.dataset)
     device, _ = choose_device(args.device, "float32")
     try:
         student = unpack(packed, model).to(device)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise BadInput(f"--evaluate {args.evaluate} does not fit the {args.arch} that it names ({first_line(error)}): name a "
                        "student.pt as it was written") from error
     print(f"{args.evaluate}: top-1 {top1(student, load_images(args, preprocess), device):.2f} %")

@@ -222,6 +222,7 @@ def quantize_model(model, w_bits, a_bits, symmetric=False, input_bits=8, input_r
     """
     for bits in (w_bits, a_bits, input_bits):
         quant_bounds(bits, symmetric)
+    w_bits, a_bits, input_bits = int(w_bits), int(a_bits), int(input_bits)  # NumPy's do not load with weights_only
     student = copy_without_hooks(model).requires_grad_(True).eval()
     student.calls_so_far = Counter()
     for name, module in list(student.named_modules()):

@@ -356,10 +356,12 @@ def test_student_losses_train_every_parameter_of_the_student(loss):
     assert all(p.grad.abs().sum() > 0 for p in student.parameters())
 
 
-def test_images_differ_in_contrast_and_brightness_as_their_noise_says(script):
-    generator, z = script.Generator(16, 10), torch.randn(64, 100)
-    x = generator(z, torch.randint(10, (64,)))
-    assert x.mean((0, 2, 3)).abs().max() < 1e-4 and (x.std((0, 2, 3)) - 1).abs().max() < 1e-2
+@pytest.mark.parametrize("num_classes, channels, precision", ((10, 3, torch.float32), (200, 1, torch.bfloat16)))
+def test_images_differ_in_contrast_and_brightness_as_their_noise_says(num_classes, channels, precision, script):
+    generator, z = script.Generator(16, num_classes, channels), torch.randn(64, 100)
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        x = generator(z, torch.randint(num_classes, (64,)))
+    assert x.dtype == torch.float32 and x.mean((0, 2, 3)).abs().max() < 1e-4 and (x.std((0, 2, 3)) - 1).abs().max() < 1e-2
     for i, figure in enumerate((x.std((2, 3)).mean(1).log(), x.mean((1, 2, 3)))):
         assert torch.corrcoef(torch.stack([z[:, i], figure]))[0, 1] > 0.9
 
@@ -566,8 +568,23 @@ def test_resume_may_bring_the_images_to_measure_on(teacher, tmp_path, capsys, sc
 def test_seconds_are_those_of_the_iterations_alone(teacher, script, monkeypatch):
     clock, measured = time.monotonic, []
     monkeypatch.setattr(time, "monotonic", lambda: clock() + 10000 * len(measured))  # as if measuring took hours
-    _, result = script.quantize(teacher, **SMALL, iterations=4, evaluate=lambda model: measured.append(1) or 50.0)
-    assert len(measured) == 3 and 0 < result["seconds"] < 5000
+    fresh_images = script.Run.fresh_images
+    monkeypatch.setattr(script.Run, "fresh_images", lambda *args: measured.append(1) or fresh_images(*args))
+
+    def evaluate(model):
+        measured.append(1)
+        return model(torch.randn(8, 3, 16, 16)).abs().mean().item()
+    options = dict(separability=True) if script is clusterq else {}
+    _, result = script.quantize(teacher, **SMALL, iterations=4, evaluate=evaluate, **options)
+    assert len(measured) >= 6 and 0 < result["seconds"] < 5000
+
+
+def test_numbers_of_numpy_and_torch_are_taken_as_numbers(teacher, tmp_path, script):
+    arguments = {**SMALL, "mean": np.full(3, 0.5), "std": torch.full((3,), 0.25), "w_bits": np.int64(3), "temperature": np.float32(4)}
+    for resume in (False, True):
+        _, result = script.quantize(teacher, **arguments, iterations=2, out=tmp_path, resume=resume)
+        assert result["mean"] == [0.5] * 3 and result["std"] == [0.25] * 3 and result["temperature"] == 4
+    torch.load(tmp_path / "student.pt", weights_only=True)
 
 
 def test_two_runs_in_one_folder_are_refused(teacher, tmp_path, script):
@@ -613,8 +630,8 @@ def test_resume_gives_the_same_bits_as_an_uninterrupted_run(teacher, tmp_path, s
 @pytest.mark.parametrize("change, message", (
     (dict(image_size=18), "multiple of 4"), (dict(num_classes=8), "num_classes"), (dict(classifier="stem2"), "stem2"),
     (dict(classifier="twice"), "classifier"), (dict(mean=(0.5,) * 4, std=(0.25,) * 4), "cannot be run"), (dict(mean=(0.5,) * 2), "mean has 2 channels"),
-    (dict(mean=np.full(3, 0.5)), "^mean"), (dict(std=(0.25, 0, 0.25)), "^std"), (dict(num_classes=1), "^num_classes"),
-    (dict(w_bits=1), "2 to 8"), (dict(w_bits=4.0), "2 to 8"), (dict(iterations=1e3), "1000.0"), (dict(checkpoint_every=-1), "seconds"),
+    (dict(mean="half"), "^mean"), (dict(num_classes="7"), "^num_classes"), (dict(warmup=None), "^--warmup"), (dict(std=(0.25, 0, 0.25)), "^std"), (dict(num_classes=1), "^num_classes"),
+    (dict(w_bits=1), "2 to 8"), (dict(w_bits=4.0), "2 to 8"), (dict(iterations=1e3), "1000.0: choose a whole number"), (dict(checkpoint_every=-1), "seconds"),
     (dict(bns_weight=float("nan")), "bns-weight"),
     (dict(student_lr=float("inf")), "student-lr"), (dict(out="/dev/null/x"), "/dev/null/x")))
 def test_quantize_refuses_what_it_cannot_use(teacher, change, message, script):
