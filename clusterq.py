@@ -402,7 +402,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
         # 7. Evaluate, and write Q as integers.
         if separability:
             run.figures["separability"] = {}
-            for name, show in (("generated", lambda model: [model(images) for images, _ in run.fresh_images(1000)]),
+            for name, show in (("generated", lambda model: [model(images) for images, _ in run.fresh_images()]),
                                ("real", evaluate)):
                 if show is not None:
                     watched = Watched(teacher, layer).eval()
@@ -946,18 +946,20 @@ class Run:
     def agreement(self):
         """On fresh synthetic images, in percent: how often the student's first choice is the teacher's, and how often
         the teacher's is the label that the image was drawn for."""
-        count = min(1000, self.settings["iterations"] * self.settings["batch_size"])  # fewer in a run of a few iterations
-        agree = recognised = 0
-        for images, labels in self.fresh_images(count):
+        agree = recognised = count = 0
+        for images, labels in self.fresh_images():
             choice = self.teacher(images).argmax(1)
             agree += (self.student(images).argmax(1) == choice).sum()
             recognised += (choice == labels).sum()
+            count += len(labels)
         return 100 * agree.item() / count, 100 * recognised.item() / count
 
     @torch.no_grad()
-    def fresh_images(self, count, seed=1):
-        """Batches of generated images and their labels, the same for the same seed, without using up random numbers."""
-        random = torch.Generator().manual_seed(seed)
+    def fresh_images(self):
+        """Batches of 1,000 generated images (as many as were trained on, if less) and their labels, for any run the same
+        noise, without using up random numbers."""
+        count = min(1000, self.settings["iterations"] * self.settings["batch_size"])
+        random = torch.Generator().manual_seed(1)
         labels = torch.randint(self.settings["num_classes"], (count,), generator=random)
         noise = torch.randn(count, self.generator.latent_dim, generator=random)
         self.generator.eval()
