@@ -413,8 +413,8 @@ def check_settings(arguments):
         except TypeError:
             good = False
         if not good:
-            flag = {"w_bits": "--w", "a_bits": "--a"}.get(name, "--" + name.replace("_", "-"))
-            flag = name if name in ("image_size", "num_classes", "mean", "std") else flag  # given in Python alone
+            flag = {"w_bits": "--w", "a_bits": "--a", "image_size": "image_size", "num_classes": "num_classes", "mean": "mean",
+                    "std": "std"}.get(name, "--" + name.replace("_", "-"))  # four are given in Python alone
             raise BadInput(f"{flag} {arguments[name]}: choose {choose}")
     if len(arguments["mean"]) != len(arguments["std"]):
         raise BadInput(f"mean has {len(arguments['mean'])} channels and std has {len(arguments['std'])}: give one number each")
