@@ -329,8 +329,9 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     generator = Generator(image_size, num_classes, len(mean)).to(device, memory_format=torch.channels_last)
     centroids = Centroids(num_classes, len(channel_weight)).to(device)
     student = quantize_model(teacher, w_bits, a_bits, symmetric, input_range=pixel_range(mean, std))
-    generator_optimizer = torch.optim.Adam(generator.parameters(), generator_lr, betas=(0.5, 0.999))
-    student_optimizer = torch.optim.SGD(student.parameters(), student_lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    generator_optimizer = torch.optim.Adam(generator.parameters(), generator_lr, betas=(0.5, 0.999), fused=True)
+    student_optimizer = torch.optim.SGD(student.parameters(), student_lr, momentum=0.9, nesterov=True, weight_decay=1e-4,
+                                        fused=True)
     warm_iterations = int(iterations * warmup)
     with Run(settings, teacher, student, generator, device, evaluate, out, resume, checkpoint_every, centroids=centroids,
              generator_optimizer=generator_optimizer, student_optimizer=student_optimizer) as run:
