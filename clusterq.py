@@ -63,19 +63,17 @@ METHOD = "ClusterQ"
 
 # ------------------------------------------------------------------------------------------------ generator
 
-class ConditionalBatchNorm2d(nn.Module):
-    """Batch norm whose weight and bias are looked up by class: (B, C, H, W), (B,) -> (B, C, H, W)."""
+def class_codes(class_weight, latent_dim):
+    """What the embeddings of many classes start from: (K, D) -> (K, latent_dim), of root mean square 10.
 
-    def __init__(self, channels, num_classes):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(channels, affine=False)
-        self.weight, self.bias = nn.Embedding(num_classes, channels), nn.Embedding(num_classes, channels)
-        nn.init.ones_(self.weight.weight)
-        nn.init.zeros_(self.bias.weight)
-
-    def forward(self, x, labels):
-        weight, bias = (table(labels)[:, :, None, None].to(x.dtype) for table in (self.weight, self.bias))
-        return torch.addcmul(bias, self.norm(x), weight)
+    The first principal components of the rows of the teacher's classifier W: classes which are alike to the teacher have
+    codes that are alike, so that what G learns of one class serves others too. z has root mean square 1: among noise of
+    their own size a thousand codes are hard to tell apart.
+    """
+    rows = class_weight.float().cpu() - class_weight.float().cpu().mean(0)
+    u, s, _ = torch.linalg.svd(rows, full_matrices=False)
+    codes = F.pad(u * s, (0, latent_dim - len(s)))                                      # or cropped, if D is larger
+    return 10 * codes / codes.square().mean().sqrt().clamp(min=1e-12)
 
 
 def upsampled(conv, x):
@@ -89,35 +87,31 @@ def upsampled(conv, x):
 class Generator(nn.Module):
     """G(z, y): noise (B, latent_dim) and labels (B,) -> images (B, 3, S, S) of zero mean and unit variance.
 
-    GDFQ's generator (arXiv 2003.03603). Up to 100 classes an embedding of the label is added to z (GDFQ multiplies: see
-    the README); above, the label enters through conditional batch norm. The first two numbers of z are also each
-    image's contrast and brightness, in which generated images would hardly differ otherwise.
+    GDFQ's generator (arXiv 2003.03603). An embedding of the label is added to z (GDFQ multiplies, or above 100 classes has
+    conditional batch norm: see the README); above 100 classes it starts from the teacher's classifier W = class_weight,
+    (K, D). The first two numbers of z are also each image's contrast and brightness, in which generated images would
+    hardly differ otherwise.
     """
 
-    def __init__(self, image_size, num_classes, channels=3, latent_dim=100):
+    def __init__(self, image_size, class_weight, channels=3, latent_dim=100):
         super().__init__()
         self.latent_dim, self.start_size = latent_dim, image_size // 4
-        self.conditional = num_classes > 100
-        if not self.conditional:
-            self.embedding = nn.Embedding(num_classes, latent_dim)
-        norm = (lambda c: ConditionalBatchNorm2d(c, num_classes)) if self.conditional else nn.BatchNorm2d
+        self.embedding = nn.Embedding(len(class_weight), latent_dim)
+        if len(class_weight) > 100:
+            self.embedding.weight.data.copy_(class_codes(class_weight, latent_dim))
         self.linear = nn.Linear(latent_dim, 128 * self.start_size ** 2)
-        self.norm0 = norm(128)
-        self.conv1, self.norm1 = nn.Conv2d(128, 128, 3, padding=1), norm(128)
-        self.conv2, self.norm2 = nn.Conv2d(128, 64, 3, padding=1), norm(64)
+        self.norm0 = nn.BatchNorm2d(128)
+        self.conv1, self.norm1 = nn.Conv2d(128, 128, 3, padding=1), nn.BatchNorm2d(128)
+        self.conv2, self.norm2 = nn.Conv2d(128, 64, 3, padding=1), nn.BatchNorm2d(64)
         self.conv3, self.norm3 = nn.Conv2d(64, channels, 3, padding=1), nn.BatchNorm2d(channels, affine=False)
 
     def forward(self, z, labels):
-        def normalise(norm, x):
-            return norm(x, labels) if self.conditional else norm(x)
-
         contrast, brightness = (z[:, i].view(-1, 1, 1, 1) for i in (0, 1))
-        if not self.conditional:
-            z = z + self.embedding(labels)
-        x = self.linear(z).view(len(z), self.start_size, self.start_size, 128).permute(0, 3, 1, 2)  # (B, 128, S/4, S/4)
-        x = normalise(self.norm0, x)
-        x = F.leaky_relu(normalise(self.norm1, upsampled(self.conv1, x)), 0.2)          # (B, 128, S/2, S/2)
-        x = F.leaky_relu(normalise(self.norm2, upsampled(self.conv2, x)), 0.2)          # (B, 64, S, S)
+        x = self.linear(z + self.embedding(labels)).view(len(z), self.start_size, self.start_size, 128)
+        x = x.permute(0, 3, 1, 2)                                                       # (B, 128, S/4, S/4)
+        x = self.norm0(x)
+        x = F.leaky_relu(self.norm1(upsampled(self.conv1, x)), 0.2)                     # (B, 128, S/2, S/2)
+        x = F.leaky_relu(self.norm2(upsampled(self.conv2, x)), 0.2)                     # (B, 64, S, S)
         # 0.3 and 0.35: about as far as real CIFAR-10 images differ; all together norm3 brings back to zero mean, unit variance.
         x = torch.tanh(self.conv3(x).float())                                           # (B, 3, S, S)
         return self.norm3((0.3 * contrast).exp() * x + 0.35 * brightness)
@@ -326,7 +320,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     widths = torch.tensor([norm.num_features for norm in norms[first:]], device=device)
     channel_weight = (1 / (len(widths) * widths)).repeat_interleave(widths)             # (C,)
     torch.manual_seed(seed)
-    generator = Generator(image_size, num_classes, len(mean)).to(device, memory_format=torch.channels_last)
+    generator = Generator(image_size, layer.weight.flatten(1), len(mean)).to(device, memory_format=torch.channels_last)
     centroids = Centroids(num_classes, len(channel_weight)).to(device)
     student = quantize_model(teacher, w_bits, a_bits, symmetric, input_range=pixel_range(mean, std))
     generator_optimizer = torch.optim.Adam(generator.parameters(), generator_lr, betas=(0.5, 0.999), fused=True)

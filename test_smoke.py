@@ -325,7 +325,7 @@ def test_generator_losses_train_every_parameter_of_the_generator(loss, num_class
     teacher = Odd()
     teacher.head = nn.Linear(12, num_classes)
     teacher.eval().requires_grad_(False)
-    generator = script.Generator(16, num_classes)
+    generator = script.Generator(16, teacher.head.weight)
     z, labels = torch.randn(8, generator.latent_dim), torch.randint(num_classes, (8,))
     images = generator(z, labels)
     assert images.shape == (8, 3, 16, 16)
@@ -358,12 +358,24 @@ def test_student_losses_train_every_parameter_of_the_student(loss):
 
 @pytest.mark.parametrize("num_classes, channels, precision", ((10, 3, torch.float32), (200, 1, torch.bfloat16)))
 def test_images_differ_in_contrast_and_brightness_as_their_noise_says(num_classes, channels, precision, script):
-    generator, z = script.Generator(16, num_classes, channels), torch.randn(64, 100)
+    generator, z = script.Generator(16, torch.randn(num_classes, 12), channels), torch.randn(64, 100)
     with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-        x = generator(z, torch.randint(num_classes, (64,)))
+        x = generator(z, torch.full((64,), num_classes - 1))
     assert x.dtype == torch.float32 and x.mean((0, 2, 3)).abs().max() < 1e-4 and (x.std((0, 2, 3)) - 1).abs().max() < 1e-2
     for i, figure in enumerate((x.std((2, 3)).mean(1).log(), x.mean((1, 2, 3)))):
         assert torch.corrcoef(torch.stack([z[:, i], figure]))[0, 1] > 0.9
+
+
+def test_codes_of_many_classes_are_as_alike_as_their_rows_of_the_classifier(script):
+    rows = torch.randn(20, 1, 12) + 0.3 * torch.randn(20, 10, 12)                       # 200 classes of 20 kinds
+    generator = script.Generator(16, rows.flatten(0, 1))
+    codes = generator.embedding.weight.detach()
+    assert codes.shape == (200, 100) and abs(codes.square().mean().sqrt() - 10) < 1e-3
+    apart = torch.cdist(codes, codes)
+    assert torch.allclose(apart / apart.mean(), torch.cdist(rows.flatten(0, 1), rows.flatten(0, 1)) / torch.cdist(
+        rows.flatten(0, 1), rows.flatten(0, 1)).mean(), atol=1e-3)                      # D < latent_dim: no distance is lost
+    wide = script.Generator(16, torch.randn(200, 300)).embedding.weight.detach()
+    assert wide.shape == (200, 100) and wide.square().mean(0).diff().max() < 1e-3       # the largest components first
 
 
 def test_generator_has_a_long_range_only_with_attention():
@@ -376,7 +388,7 @@ def test_generator_has_a_long_range_only_with_attention():
     for size in (6, 8, 41):
         y = torch.randn(2, 4, size, size + 1)
         assert torch.allclose(block.dilated(y), block.long_range(y), atol=1e-5)
-    assert not any(isinstance(layer, lrq.LargeKernelAttention) for layer in lrq.Generator(16, 7, lka=False).modules())
+    assert not any(isinstance(layer, lrq.LargeKernelAttention) for layer in lrq.Generator(16, torch.randn(7, 12), lka=False).modules())
 
 
 def statistics_of(*shapes):
