@@ -290,7 +290,7 @@ class Centroids(nn.Module):
 def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, iterations, batch_size, seed=0,
              device="auto", evaluate=None, out=None, symmetric=False, classifier=None, precision="auto", sfda=True,
              variance=True, fresh_noise=False, ema=True, rho=0.2, noise=0.3, first_layer=None, temperature=4.0,
-             bns_weight=1.0, sfda_weight=0.9, generator_lr=1e-3, student_lr=None, warmup=0.15, separability=False,
+             bns_weight=None, sfda_weight=0.9, generator_lr=1e-3, student_lr=None, warmup=0.15, separability=False,
              resume=False, checkpoint_every=60, about=None):
     """Quantize a trained classifier without its data. Returns (student, result).
 
@@ -307,6 +307,8 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     mean, std = settings["mean"], settings["std"]
     if student_lr is None:
         student_lr = settings["student_lr"] = 3e-3 if num_classes <= 100 else 3e-6
+    if bns_weight is None:
+        bns_weight = settings["bns_weight"] = 1.0 if num_classes <= 100 else 100.0
     device, dtype = choose_device(device, precision)
     settings["precision"] = str(dtype).removeprefix("torch.")
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -430,6 +432,7 @@ def python_values(v):
 
 POSITIVE = (lambda v: 0 < v < math.inf, "a number above 0")
 NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "a finite number, 0 or more")
+NONE_OR_NOT_NEGATIVE = (lambda v: v is None or NOT_NEGATIVE[0](v), NOT_NEGATIVE[1])  # None: by the number of classes
 COMMON_RULES = {  # setting: (whether a value will do, what to choose)
     "w_bits": (whole(2, 8), "2 to 8 bits"), "a_bits": (whole(2, 8), "2 to 8 bits"),
     "image_size": (lambda v: whole(8)(v) and v % 4 == 0, "a multiple of 4, 8 or more"),
@@ -442,7 +445,7 @@ COMMON_RULES = {  # setting: (whether a value will do, what to choose)
     "checkpoint_every": (lambda v: v >= 0, "a number of seconds"),
     "warmup": (lambda v: 0 <= v < 1, "a share of the iterations, at least 0 and below 1"),
     "generator_lr": NOT_NEGATIVE,
-    "student_lr": (lambda v: v is None or NOT_NEGATIVE[0](v), NOT_NEGATIVE[1]),
+    "student_lr": NONE_OR_NOT_NEGATIVE,
     "precision": (lambda v: v in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")}
 NOT_SETTINGS = ("teacher", "device", "evaluate", "out", "resume", "checkpoint_every", "about")
 
@@ -1163,7 +1166,7 @@ def run(main):
 
 RULES = {"rho": (lambda v: 0 <= v <= 1, "a number from 0 to 1"), "temperature": POSITIVE, "noise": NOT_NEGATIVE,
          "first_layer": (lambda v: v is None or whole(0)(v), "the number of a batch-norm layer, from 0"),
-         "bns_weight": NOT_NEGATIVE, "sfda_weight": NOT_NEGATIVE}
+         "bns_weight": NONE_OR_NOT_NEGATIVE, "sfda_weight": NOT_NEGATIVE}
 
 
 def main(argv=None):
@@ -1182,7 +1185,7 @@ def main(argv=None):
     add("--first-layer", type=int, metavar="L", help="first semantic layer, of the L batch norms from 0 on (default: "
         "(L + 1) // 2 - 2, published)")
     add("--sfda-weight", type=float, help="weight of L_SFDA (default: %(default)s, published)")
-    add("--bns-weight", type=float, help="weight of L_BNS (default: %(default)s; published 0.1)")
+    add("--bns-weight", type=float, help="weight of L_BNS (default: 1 up to 100 classes, 100 above; published 0.1)")
     add("--temperature", type=float, metavar="T", help="temperature of the distillation (default: %(default)s; published 20)")
     add("--separability", action="store_true", help="measure how well classes separate in the teacher's features of "
         "generated images, and of those of --data beside them")

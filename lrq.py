@@ -272,7 +272,7 @@ def teacher_forward(teacher, classifier, images):
 
 def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, iterations, batch_size, seed=0,
              device="auto", evaluate=None, out=None, symmetric=False, classifier=None, precision="auto", lka=True,
-             margin=0.0, kd="dkd", temperature=4.0, alpha=1.0, beta=1.0, bns_weight=1.0, generator_lr=1e-3,
+             margin=0.0, kd="dkd", temperature=4.0, alpha=1.0, beta=1.0, bns_weight=None, generator_lr=1e-3,
              student_lr=None, warmup=0.15, resume=False, checkpoint_every=60, about=None):
     """Quantize a trained classifier without its data. Returns (student, result).
 
@@ -289,6 +289,8 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     mean, std = settings["mean"], settings["std"]
     if student_lr is None:
         student_lr = settings["student_lr"] = 3e-3 if num_classes <= 100 else 3e-6
+    if bns_weight is None:
+        bns_weight = settings["bns_weight"] = 1.0 if num_classes <= 100 else 100.0
     device, dtype = choose_device(device, precision)
     settings["precision"] = str(dtype).removeprefix("torch.")
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -382,6 +384,7 @@ def python_values(v):
 
 POSITIVE = (lambda v: 0 < v < math.inf, "a number above 0")
 NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "a finite number, 0 or more")
+NONE_OR_NOT_NEGATIVE = (lambda v: v is None or NOT_NEGATIVE[0](v), NOT_NEGATIVE[1])  # None: by the number of classes
 COMMON_RULES = {  # setting: (whether a value will do, what to choose)
     "w_bits": (whole(2, 8), "2 to 8 bits"), "a_bits": (whole(2, 8), "2 to 8 bits"),
     "image_size": (lambda v: whole(8)(v) and v % 4 == 0, "a multiple of 4, 8 or more"),
@@ -394,7 +397,7 @@ COMMON_RULES = {  # setting: (whether a value will do, what to choose)
     "checkpoint_every": (lambda v: v >= 0, "a number of seconds"),
     "warmup": (lambda v: 0 <= v < 1, "a share of the iterations, at least 0 and below 1"),
     "generator_lr": NOT_NEGATIVE,
-    "student_lr": (lambda v: v is None or NOT_NEGATIVE[0](v), NOT_NEGATIVE[1]),
+    "student_lr": NONE_OR_NOT_NEGATIVE,
     "precision": (lambda v: v in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")}
 NOT_SETTINGS = ("teacher", "device", "evaluate", "out", "resume", "checkpoint_every", "about")
 
@@ -1115,7 +1118,7 @@ def run(main):
 
 RULES = {"margin": (lambda v: abs(v) < math.pi, "a number of radians between -pi and pi"),
          "kd": (lambda v: v in ("kl", "dkd"), "kl or dkd"), "temperature": POSITIVE, "alpha": NOT_NEGATIVE,
-         "beta": NOT_NEGATIVE, "bns_weight": NOT_NEGATIVE}
+         "beta": NOT_NEGATIVE, "bns_weight": NONE_OR_NOT_NEGATIVE}
 
 
 def main(argv=None):
@@ -1129,7 +1132,7 @@ def main(argv=None):
         "decoupled distillation paper)")
     add("--alpha", type=float, help="weight of TCKD (default: %(default)s)")
     add("--beta", type=float, help="weight of NCKD (default: %(default)s)")
-    add("--bns-weight", type=float, help="weight of L_BNS (default: %(default)s; GDFQ has 0.1)")
+    add("--bns-weight", type=float, help="weight of L_BNS (default: 1 up to 100 classes, 100 above; GDFQ has 0.1)")
     command_line(parser, argv)
 
 
