@@ -10,8 +10,8 @@ Q learns from P on them.
     python clusterq.py --help                             # every flag, its default and where that comes from
 
 The algorithm, as numbered in quantize():
- 1. Once, after the generator's warm-up, by its images: each class's centroid, the ranges of Q's activations, and the
-    shift that rounding gave the means of Q's channels, which is corrected.
+ 1. Once, after the generator's warm-up, by its images: each class's centroid, the ranges of Q's activations, and
+    what rounding did to the mean and the spread of each channel, for which Q's batch norms are corrected.
  2. Draw noise z and labels y, and images x = G(z, y) from them.
  3. Generator step on L_G = L_CE + a L_BNS + b L_SFDA, through the frozen P; G learns alone, without L_SFDA, at first.
  4. The centroids follow the images as exponential moving averages.
@@ -50,7 +50,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision import datasets, models, transforms, utils
 
-from quant import copy_without_hooks, correct_bias, freeze, observe, pack, quantize_model, unpack
+from quant import copy_without_hooks, correct_batch_norm, freeze, observe, pack, quantize_model, unpack
 
 try:
     import fcntl
@@ -333,7 +333,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
              generator_optimizer=generator_optimizer, student_optimizer=student_optimizer) as run:
         for step in range(run.step, iterations):
             # 1. Once, after the generator's warm-up, by its images: each class's centroid; activation ranges, after which
-            # plain quantization is measured, and the shift that rounding gave each channel's mean.
+            # plain quantization is measured, and what rounding did to each channel's mean and spread.
             if step == warm_iterations:
                 observe(student)
                 batches = []
@@ -348,7 +348,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
                         student(batches[-1])
                 freeze(student)
                 run.measure("ptq")
-                correct_bias(observe(student), teacher, batches)  # activations in float; their ranges go on moving
+                correct_batch_norm(observe(student), teacher, batches)  # activations in float; their ranges go on moving
                 freeze(student)
 
             # 2. Draw noise and labels, and images from them.
@@ -1008,7 +1008,11 @@ class Run:
                 raise BadInput(f"--resume: the checkpoint in {self.out} was made with {key} = {made_with.get(key)}, now it "
                                f"is {value}: use the same settings, or another --out")
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+            try:
+                part.load_state_dict(state[name])
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise BadInput(f"--resume: {file} is from another version of this program ({name} does not fit): "
+                               "start without --resume") from error
         self.step, self.seconds, self.figures, self.rows = (state[key] for key in ("step", "seconds", "figures", "rows"))
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and state["cuda_rng"]:

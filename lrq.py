@@ -10,7 +10,7 @@ batch-norm statistics and classes are those that P remembers, and Q learns from 
 
 The algorithm, as numbered in quantize():
  1. Once, after the generator's warm-up: observe the ranges of Q's activations on generated images, fix them, and
-    correct the shift that rounding gave the means of Q's channels.
+    correct Q's batch norms for what rounding did to the mean and the spread of each channel.
  2. Draw noise z and labels y, and images x = G(z, y) from them.
  3. Generator step on L_G = L_AMA + a L_BNS, through the frozen P; G learns alone at first.
  4. Student step on the same images: L_Q = CE(Q(x), y) + L_DKD, CE only where P sees y in x.
@@ -20,7 +20,7 @@ The algorithm, as numbered in quantize():
 Differences from the paper: no code of it was published, so where the large-kernel attention stands and what the
 Adversarial Margin Add is in equations are our reading of the abstract. From GDFQ (arXiv 2003.03603), whose generator
 and schedule it builds on: the label's embedding is added to the noise instead of multiplied, images differ in contrast and
-brightness, L_BNS is measured in units of each layer's standard deviation, and the student, its biases corrected, learns
+brightness, L_BNS is measured in units of each layer's standard deviation, and the student, its batch norms corrected, learns
 at another rate and temperature, by clipped gradients. The README says what was measured of this.
 
 Shapes: B batch_size, K num_classes, D features, S image_size, C channels, H and W height and width.
@@ -50,7 +50,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision import datasets, models, transforms, utils
 
-from quant import copy_without_hooks, correct_bias, freeze, observe, pack, quantize_model, unpack
+from quant import copy_without_hooks, correct_batch_norm, freeze, observe, pack, quantize_model, unpack
 
 try:
     import fcntl
@@ -309,7 +309,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
              generator_optimizer=generator_optimizer, student_optimizer=student_optimizer) as run:
         for step in range(run.step, iterations):
             # 1. Once, after the generator's warm-up, by its images: activation ranges, after which plain quantization is
-            # measured, and the shift that rounding gave each channel's mean.
+            # measured, and what rounding did to each channel's mean and spread.
             if step == warm_iterations:
                 observe(student)
                 with torch.no_grad():
@@ -319,7 +319,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
                         student(images)
                 freeze(student)
                 run.measure("ptq")
-                correct_bias(observe(student), teacher, batches)  # activations in float; their ranges go on moving
+                correct_batch_norm(observe(student), teacher, batches)  # activations in float; their ranges go on moving
                 freeze(student)
 
             # 2. Draw noise and labels, and images from them.
@@ -960,7 +960,11 @@ class Run:
                 raise BadInput(f"--resume: the checkpoint in {self.out} was made with {key} = {made_with.get(key)}, now it "
                                f"is {value}: use the same settings, or another --out")
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+            try:
+                part.load_state_dict(state[name])
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise BadInput(f"--resume: {file} is from another version of this program ({name} does not fit): "
+                               "start without --resume") from error
         self.step, self.seconds, self.figures, self.rows = (state[key] for key in ("step", "seconds", "figures", "rows"))
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and state["cuda_rng"]:

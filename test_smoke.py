@@ -126,6 +126,39 @@ def same(a, b):
                                         for key in a)
 
 
+@pytest.mark.parametrize("symmetric", (False, True))
+@pytest.mark.parametrize("bits", (2, 4, 8))
+def test_range_is_the_share_of_least_cubed_error_in_each_row(bits, symmetric):
+    rows = torch.cat([torch.randn(5, 400), torch.randn(1, 400).pow(3), torch.rand(1, 400), torch.full((1, 400), 3.0),
+                      torch.zeros(1, 400), 1e-20 * torch.randn(1, 400), 1e30 * torch.randn(1, 400)])
+    low, high = quant.calculate_range(rows, bits, symmetric)
+
+    def error(row, share):
+        qparams = quant.calculate_qparams(share * row.min(), share * row.max(), bits, symmetric)
+        return (quant.fake_quantize(row, *qparams) - row).double().abs().pow(3).mean().item()
+    shares = []
+    for row, least, largest in zip(rows, low, high):
+        shares.append(min((share / 10 for share in range(10, 2, -1)), key=lambda share: error(row, share)))
+        qparams = quant.calculate_qparams(least, largest, bits, symmetric)
+        found = (quant.fake_quantize(row, *qparams) - row).double().abs().pow(3).mean().item()
+        assert found <= 1.001 * error(row, shares[-1]) and (largest <= row.max() or row.max() < 0)
+    assert bits > 2 or shares[5] < shares[6]                                            # long tails, no tails
+
+
+def test_grid_of_the_weights_is_fixed_while_they_learn():
+    student, x = calibrated(Odd(), bits=(3, 3)), torch.randn(8, 3, 16, 16)
+    before = {name: quant.weight_qparams(layer)[:2] for name, layer in quant.quant_layers(student).items()}
+    optimizer, weight = torch.optim.SGD(student.parameters(), 0.1), student.stem.weight.clone()
+    student(x).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(weight, student.stem.weight)
+    for name, layer in quant.quant_layers(student).items():
+        assert all(torch.equal(*pair) for pair in zip(before[name], quant.weight_qparams(layer)))
+        scale, zero_point = (value.view(-1, *[1] * (layer.weight.dim() - 1)) for value in before[name])
+        codes = quant.quantized_weight(layer) / scale + zero_point
+        assert torch.allclose(codes, codes.round(), atol=1e-4) and codes.min() > -0.5 and codes.max() < 7.5
+
+
 def test_quantize_model_makes_a_learning_copy_and_leaves_the_original():
     model = Odd().train().requires_grad_(False)
     calls, x = [], torch.randn(4, 3, 16, 16)
@@ -184,22 +217,35 @@ def test_state_dict_brings_the_ranges_along():
     assert torch.equal(again(x), student(x)) and torch.equal(copy.deepcopy(student)(x), student(x))
 
 
-def test_bias_correction_gives_batch_norms_the_mean_of_the_teacher():
-    teacher = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8)).eval()
+def test_batch_norms_after_correction_give_what_they_give_in_the_teacher():
+    teacher = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8),
+                            nn.BatchNorm2d(8, affine=False)).eval()
     for layer in (teacher[1], teacher[4]):
-        layer.running_mean.normal_()
+        layer.running_mean.normal_(0, 0.1)
         layer.running_var.uniform_(0.5, 2)
-        layer.weight.data.uniform_(0.5, 2)
-        layer.bias.data.normal_()
     student, batches = quant.observe(calibrated(teacher, bits=(2, 3))), [torch.randn(16, 3, 16, 16) for _ in range(3)]
-    off = [(student(x).mean((0, 2, 3)) - teacher(x).mean((0, 2, 3))).abs().max().item() for x in batches]
-    before = state_bytes(student)
-    assert quant.correct_bias(student, teacher, batches) is student
-    corrected = [(student(x).mean((0, 2, 3)) - teacher(x).mean((0, 2, 3))).abs().max().item() for x in batches]
-    assert max(corrected) < 0.1 * min(off)
+
+    def apart():
+        """Between teacher and student, of channels' means and of the logarithms of their standard deviations: (2, 3)."""
+        ours, theirs = [torch.stack([torch.stack([y.mean((0, 2, 3)), y.std((0, 2, 3)).log()]) for y in map(model, batches)])
+                        for model in (student, teacher)]
+        return (ours - theirs).abs().mean(2).T
+    off, before = apart(), state_bytes(student)
+    assert quant.correct_batch_norm(student, teacher, batches) is student
+    assert (apart().amax(1) < torch.tensor([0.2, 0.4]) * off.amin(1)).all()
     changed = {key for key, value in student.state_dict().items() if torch.is_tensor(value) and not torch.equal(value, before[key])}
-    assert {key for key in changed if "quantizer" not in key} == {"1.bias", "4.bias"}
+    assert {key for key in changed if "quantizer" not in key} == {f"{i}.running_{name}" for i in (1, 4) for name in ("mean", "var")}
     assert not any(layer._forward_pre_hooks for model in (teacher, student) for layer in (model[1], model[4]))
+
+
+def test_correction_bounds_what_a_channel_without_spread_is_multiplied_by():
+    teacher = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)).eval()
+    student = quant.observe(calibrated(teacher))
+    student[0].weight.data.mul_(torch.tensor([0.0, 100.0]).view(2, 1, 1, 1))
+    student[0].weight_scale.mul_(torch.tensor([1.0, 100.0]))
+    quant.correct_batch_norm(student, teacher, [torch.randn(16, 3, 8, 8)])
+    ratio = (student[1].running_var + 1e-5) / (teacher[1].running_var + 1e-5)
+    assert torch.allclose(ratio, torch.tensor([1 / 16, 16]))
 
 
 def test_a_layer_with_its_own_forward_is_refused():
@@ -512,7 +558,6 @@ def test_quantize_leaves_the_teacher_as_it_is(teacher, script):
     teacher.bn.register_forward_hook(lambda *_: pytest.fail("a hook of the user's was called"))
     student, result = script.quantize(teacher, **SMALL, iterations=4)
     assert same(before, state_bytes(teacher)) and teacher.training and len(teacher.bn._forward_hooks) == 1
-    assert torch.equal(student.bn.running_mean, teacher.bn.running_mean)
     assert not torch.equal(student.stem.weight, teacher.stem.weight)
     assert 0 <= result["ptq_agreement"] <= 100 and "q_top1" not in result
 
