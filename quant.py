@@ -276,8 +276,8 @@ def correct_batch_norm(student, teacher, batches):
     Rounded weights change the mean and the spread of each channel, and the layers after it see values that they never
     saw: at few bits that is most of what plain quantization loses. batches: images, (B, C, H, W) each, on which the
     inputs of batch norm l have mean m and variance v in the teacher, m' and v' in the student (averages over the batches
-    so far, in running order, so that each layer sees those before it corrected). With r^2 = (v' + eps) / (v + eps) the
-    student's running statistics become
+    so far, in running order, so that each layer sees those before it corrected). With r^2 = (v' + eps) / (v + eps) and the
+    teacher's running statistics mu and var, the student's become
         mu' = m' + r (mu - m)        var' + eps = r^2 (var + eps)
     so that m' + r d is normalised as m + d is in the teacher. r is kept within 1/4 to 4, or a channel that rounding has
     made constant would be blown up once its weights move. Call it while the student observes: activations then pass in
@@ -288,7 +288,6 @@ def correct_batch_norm(student, teacher, batches):
     """
     norms = [[layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None]
              for model in (teacher, student)]
-    originals = [(layer.running_mean.clone(), layer.running_var.clone()) for layer in norms[1]]
     expected, averages, count = {}, {}, 0
 
     def statistics(x):
@@ -304,9 +303,9 @@ def correct_batch_norm(student, teacher, batches):
             averages[index] = averages.get(index, 0) + (now - averages.get(index, 0)) / count
             m, v, student_m, student_v = averages[index]
             r = ((student_v + layer.eps) / (v + layer.eps)).sqrt().clamp(1 / 4, 4)
-            mu, var = originals[index]
-            layer.running_mean.copy_(student_m + r * (mu - m))
-            layer.running_var.copy_((r.square() * (var + layer.eps) - layer.eps).clamp(min=0))
+            original = norms[0][index]
+            layer.running_mean.copy_(student_m + r * (original.running_mean - m))
+            layer.running_var.copy_((r.square() * (original.running_var + layer.eps) - layer.eps).clamp(min=0))
         return hook
     hooks = []
     try:
