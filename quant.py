@@ -223,7 +223,8 @@ def quantize_model(model, w_bits, a_bits, symmetric=False, input_bits=8, input_r
     w_bits, a_bits: 2 to 8. symmetric: signed codes, zero point 0, for weights and activations. input_bits: bits of the
     network's own input (images are 8-bit data), that is of the first layer that runs. input_range: (min, max) of that
     input where it is known, else it is observed like every other. The copy is in evaluation mode, its parameters
-    learn, its batch norm stays in evaluation mode for good, and it has no activation ranges yet: see observe, freeze.
+    learn, the grids of its weights are those of calculate_range for the weights of `model` and stay, its batch norm stays
+    in evaluation mode for good, and it has no activation ranges yet: see observe, freeze.
     Raises ValueError for other bits, TypeError for a layer with a forward of its own.
     """
     for bits in (w_bits, a_bits, input_bits):
