@@ -70,8 +70,8 @@ def class_codes(class_weight, latent_dim):
     codes that are alike, so that what G learns of one class serves others too. z has root mean square 1: among noise of
     their own size a thousand codes are hard to tell apart.
     """
-    rows = class_weight.float().cpu() - class_weight.float().cpu().mean(0)
-    u, s, _ = torch.linalg.svd(rows, full_matrices=False)
+    rows = class_weight.float().cpu()
+    u, s, _ = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
     codes = F.pad(u * s, (0, latent_dim - len(s)))                                      # or cropped, if D is larger
     return 10 * codes / codes.square().mean().sqrt().clamp(min=1e-12)
 

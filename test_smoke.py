@@ -233,7 +233,7 @@ def test_batch_norms_after_correction_give_what_they_give_in_the_teacher():
     off, before = apart(), state_bytes(student)
     assert quant.correct_batch_norm(student, teacher, batches) is student
     once = apart()
-    assert (once.amax(1) < torch.tensor([0.2, 0.4]) * off.amin(1)).all()
+    assert (once.amax(1) < torch.tensor([0.1, 0.4]) * off.amin(1)).all()
     quant.correct_batch_norm(student, teacher, batches)                                 # nothing is corrected twice
     assert torch.allclose(apart(), once, atol=0.01)
     changed = {key for key, value in student.state_dict().items() if torch.is_tensor(value) and not torch.equal(value, before[key])}
@@ -416,13 +416,11 @@ def test_images_differ_in_contrast_and_brightness_as_their_noise_says(num_classe
 
 
 def test_codes_of_many_classes_are_as_alike_as_their_rows_of_the_classifier(script):
-    rows = torch.randn(20, 1, 12) + 0.3 * torch.randn(20, 10, 12)                       # 200 classes of 20 kinds
-    generator = script.Generator(16, rows.flatten(0, 1))
-    codes = generator.embedding.weight.detach()
+    rows = (torch.randn(20, 1, 12) + 0.3 * torch.randn(20, 10, 12)).flatten(0, 1)       # 200 classes of 20 kinds
+    codes = script.Generator(16, rows).embedding.weight.detach()
     assert codes.shape == (200, 100) and abs(codes.square().mean().sqrt() - 10) < 1e-3
-    apart = torch.cdist(codes, codes)
-    assert torch.allclose(apart / apart.mean(), torch.cdist(rows.flatten(0, 1), rows.flatten(0, 1)) / torch.cdist(
-        rows.flatten(0, 1), rows.flatten(0, 1)).mean(), atol=1e-3)                      # D < latent_dim: no distance is lost
+    apart, expected = torch.cdist(codes, codes), torch.cdist(rows, rows)
+    assert torch.allclose(apart / apart.mean(), expected / expected.mean(), atol=1e-3)  # D < latent_dim: no distance is lost
     wide = script.Generator(16, torch.randn(200, 300)).embedding.weight.detach()
     assert wide.shape == (200, 100) and wide.square().mean(0).diff().max() < 1e-3       # the largest components first
 
