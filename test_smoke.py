@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Everything that must hold, in a few minutes on two cores and without a download: `python -m pytest -q`."""
 import copy
+import inspect
 import io
 import json
 import os
@@ -916,6 +917,11 @@ def test_plumbing_of_the_two_scripts_is_the_same_byte_for_byte():
     texts = [(HERE / name).read_bytes() for name in ("lrq.py", "clusterq.py")]
     one, other = (text[text.index(begin):text.index(end)] for text in texts)
     assert one == other and len(one) > 10000
+
+
+@pytest.mark.parametrize("name", ("class_codes", "upsampled", "MeanVariance", "batch_norm_loss", "kd_loss", "teacher_forward"))
+def test_what_both_methods_define_is_the_same(name):
+    assert inspect.getsource(getattr(lrq, name)) == inspect.getsource(getattr(clusterq, name))
 
 
 def test_files_state_their_licence():
