@@ -19,9 +19,10 @@ The algorithm, as numbered in quantize():
 
 Differences from the paper: no code of it was published, so where the large-kernel attention stands and what the
 Adversarial Margin Add is in equations are our reading of the abstract. From GDFQ (arXiv 2003.03603), whose generator
-and schedule it builds on: the label's embedding is added to the noise instead of multiplied, images differ in contrast and
-brightness, L_BNS is measured in units of each layer's standard deviation, and the student, its batch norms corrected, learns
-at another rate and temperature, by clipped gradients. The README says what was measured of this.
+and schedule it builds on: the label's embedding is added to the noise instead of multiplied, images have the pixels of
+images and differ in contrast and brightness, L_BNS is measured in units of each layer's standard deviation, and the
+student, its batch norms corrected, learns at another rate and temperature, by clipped gradients. The README says what was
+measured of this.
 
 Shapes: B batch_size, K num_classes, D features, S image_size, C channels, H and W height and width.
 """
@@ -118,16 +119,17 @@ def upsampled(conv, x):
 
 
 class Generator(nn.Module):
-    """G(z, y): noise (B, latent_dim) and labels (B,) -> images (B, 3, S, S) of zero mean and unit variance.
+    """G(z, y): noise (B, latent_dim) and labels (B,) -> normalised images (B, C, S, S) with pixels in [0, 1].
 
     GDFQ's generator (arXiv 2003.03603) with large-kernel attention at its coarsest resolution, S/4, where one kernel
     reaches across most of the image and costs least. An embedding of the label is added to z (GDFQ multiplies, or above 100
     classes has conditional batch norm: see "Differences" at the top); above 100 classes it starts from the teacher's
     classifier W = class_weight, (K, D). The first two numbers of z are also each image's contrast and brightness, in
-    which generated images would hardly differ otherwise.
+    which generated images would hardly differ otherwise. Pixels stay in [0, 1]: beyond, the student, whose input is
+    quantized to that range, would see other images than the teacher.
     """
 
-    def __init__(self, image_size, class_weight, channels=3, latent_dim=100, lka=True):
+    def __init__(self, image_size, class_weight, mean, std, latent_dim=100, lka=True):
         super().__init__()
         self.latent_dim, self.start_size = latent_dim, image_size // 4
         self.embedding = nn.Embedding(len(class_weight), latent_dim)
@@ -137,7 +139,9 @@ class Generator(nn.Module):
         self.norm0, self.attention = nn.BatchNorm2d(128), LargeKernelAttention(128) if lka else nn.Identity()
         self.conv1, self.norm1 = nn.Conv2d(128, 128, 3, padding=1), nn.BatchNorm2d(128)
         self.conv2, self.norm2 = nn.Conv2d(128, 64, 3, padding=1), nn.BatchNorm2d(64)
-        self.conv3, self.norm3 = nn.Conv2d(64, channels, 3, padding=1), nn.BatchNorm2d(channels, affine=False)
+        self.conv3, self.norm3 = nn.Conv2d(64, len(mean), 3, padding=1), nn.BatchNorm2d(len(mean), affine=False)
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
     def forward(self, z, labels):
         contrast, brightness = (z[:, i].view(-1, 1, 1, 1) for i in (0, 1))
@@ -146,9 +150,10 @@ class Generator(nn.Module):
         x = self.attention(self.norm0(x))
         x = F.leaky_relu(self.norm1(upsampled(self.conv1, x)), 0.2)                     # (B, 128, S/2, S/2)
         x = F.leaky_relu(self.norm2(upsampled(self.conv2, x)), 0.2)                     # (B, 64, S, S)
-        # 0.3 and 0.35: about as far as real CIFAR-10 images differ; all together norm3 brings back to zero mean, unit variance.
-        x = torch.tanh(self.conv3(x).float())                                           # (B, 3, S, S)
-        return self.norm3((0.3 * contrast).exp() * x + 0.35 * brightness)
+        x = torch.tanh(self.conv3(x).float())                                           # (B, C, S, S)
+        # 0.3 and 0.35: about as far as real CIFAR-10 images differ; 0.5 and 0.25: about what photographs have, all together.
+        pixels = (0.5 + 0.25 * self.norm3((0.3 * contrast).exp() * x + 0.35 * brightness)).clamp(0, 1)
+        return (pixels - self.mean) / self.std
 
 
 # ------------------------------------------------------------------------------------------------ losses
@@ -288,7 +293,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     settings = check_settings(locals())
     mean, std = settings["mean"], settings["std"]
     if student_lr is None:
-        student_lr = settings["student_lr"] = 3e-3 if num_classes <= 100 else 3e-6
+        student_lr = settings["student_lr"] = 3e-6 if num_classes > 100 else 1e-2 if w_bits == 2 else 3e-3
     if bns_weight is None:
         bns_weight = settings["bns_weight"] = 1.0 if num_classes <= 100 else 100.0
     device, dtype = choose_device(device, precision)
@@ -299,7 +304,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     running_means, running_vars = [norm.running_mean for norm in norms], [norm.running_var for norm in norms]
     units = [var.mean().sqrt() for var in running_vars]                                 # s_l
     torch.manual_seed(seed)
-    generator = Generator(image_size, weight, len(mean), lka=lka).to(device, memory_format=torch.channels_last)
+    generator = Generator(image_size, weight, mean, std, lka=lka).to(device, memory_format=torch.channels_last)
     student = quantize_model(teacher, w_bits, a_bits, symmetric, input_range=pixel_range(mean, std))
     generator_optimizer = torch.optim.Adam(generator.parameters(), generator_lr, betas=(0.5, 0.999), fused=True)
     student_optimizer = torch.optim.SGD(student.parameters(), student_lr, momentum=0.9, nesterov=True, weight_decay=1e-4,
@@ -320,7 +325,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
                 freeze(student)
                 run.measure("ptq")
                 correct_batch_norm(observe(student), teacher, batches)  # activations in float; their ranges go on moving
-                freeze(student)
+                correct_batch_norm(freeze(student), teacher, batches)   # and quantized
 
             # 2. Draw noise and labels, and images from them.
             z, labels = draw(batch_size, num_classes, generator, device)
@@ -384,7 +389,7 @@ def python_values(v):
 
 POSITIVE = (lambda v: 0 < v < math.inf, "a number above 0")
 NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "a finite number, 0 or more")
-NONE_OR_NOT_NEGATIVE = (lambda v: v is None or NOT_NEGATIVE[0](v), NOT_NEGATIVE[1])  # None: by the number of classes
+NONE_OR_NOT_NEGATIVE = (lambda v: v is None or NOT_NEGATIVE[0](v), NOT_NEGATIVE[1])  # None: by classes and bits
 COMMON_RULES = {  # setting: (whether a value will do, what to choose)
     "w_bits": (whole(2, 8), "2 to 8 bits"), "a_bits": (whole(2, 8), "2 to 8 bits"),
     "image_size": (lambda v: whole(8)(v) and v % 4 == 0, "a multiple of 4, 8 or more"),
@@ -1059,7 +1064,7 @@ def common_flags(parser):
         "(default: %(default)s)")
     add("--generator-lr", type=float, metavar="RATE", help="of Adam (default: %(default)s, GDFQ)")
     add("--student-lr", type=float, metavar="RATE", help="of SGD, falling as a cosine to zero (default: 0.003 up to 100 "
-        "classes, 0.000003 above; published for 80,000 iterations: 0.0001 and 0.000001)")
+        "classes, 0.01 there with --w 2, 0.000003 above; published for 80,000 iterations: 0.0001 and 0.000001)")
     add("--seed", type=int, metavar="N", help="seed of all random numbers (default: %(default)s)")
     add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one, else cpu)")
     add("--precision", help="float32, bfloat16, or auto (default): bfloat16 where the processor has it; of the convolutions "

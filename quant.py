@@ -5,6 +5,7 @@
     observe(student); student(images)                     # learn the activation ranges
     correct_batch_norm(student, model, [images])          # undo what rounded weights do to each channel's mean and spread
     freeze(student)                                       # fix the ranges; from here on the student is quantized and trains
+    correct_batch_norm(student, model, [images])          # undo what rounded activations do to them too
     torch.save(pack(student), "student.pt")
     student = unpack(torch.load("student.pt", weights_only=True), model)
 
@@ -281,9 +282,9 @@ def correct_batch_norm(student, teacher, batches):
     teacher's running statistics mu and var, the student's become
         mu' = m' + r (mu - m)        var' + eps = r^2 (var + eps)
     so that m' + r d is normalised as m + d is in the teacher. r is kept within 1/4 to 4, or a channel that rounding has
-    made constant would be blown up once its weights move. Call it while the student observes: activations then pass in
-    float, and their ranges go on moving as corrected. What clipped activations shift belongs to these images more than to
-    real ones. Returns the student.
+    made constant would be blown up once its weights move. Call it while the student observes (activations then pass in
+    float, and their ranges go on moving as corrected), and again with its ranges fixed, for what rounded activations
+    change: it starts from the teacher's statistics each time, so nothing is corrected twice. Returns the student.
     Source: of the means, Nagel et al., arXiv 1906.04721, section 4.2, and of both, by the weights alone, Banner et al., arXiv
     1810.05723; here measured on images.
     """

@@ -218,13 +218,16 @@ def test_state_dict_brings_the_ranges_along():
     assert torch.equal(again(x), student(x)) and torch.equal(copy.deepcopy(student)(x), student(x))
 
 
-def test_batch_norms_after_correction_give_what_they_give_in_the_teacher():
+@pytest.mark.parametrize("activations", ("float", "quantized"))
+def test_batch_norms_after_correction_give_what_they_give_in_the_teacher(activations):
     teacher = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8),
                             nn.BatchNorm2d(8, affine=False)).eval()
     for layer in (teacher[1], teacher[4]):
         layer.running_mean.normal_(0, 0.1)
         layer.running_var.uniform_(0.5, 2)
-    student, batches = quant.observe(calibrated(teacher, bits=(2, 3))), [torch.randn(16, 3, 16, 16) for _ in range(3)]
+    student, batches = calibrated(teacher, bits=(2, 3)), [torch.randn(16, 3, 16, 16) for _ in range(3)]
+    if activations == "float":
+        quant.observe(student)
 
     def apart():
         """Between teacher and student, of channels' means and of the logarithms of their standard deviations: (2, 3)."""
@@ -368,6 +371,9 @@ def test_upsampled_convolution_is_that_of_the_upsampled_image(script):
     assert torch.allclose(script.upsampled(conv, x), conv(F.interpolate(x, scale_factor=2)), atol=1e-5)
 
 
+NORMALISATION = [0.5] * 3, [0.25] * 3  # mean, std
+
+
 @pytest.mark.parametrize("loss", ("ama", "bns", "sfda"))
 @pytest.mark.parametrize("num_classes", (7, 200))
 def test_generator_losses_train_every_parameter_of_the_generator(loss, num_classes):
@@ -375,11 +381,10 @@ def test_generator_losses_train_every_parameter_of_the_generator(loss, num_class
     teacher = Odd()
     teacher.head = nn.Linear(12, num_classes)
     teacher.eval().requires_grad_(False)
-    generator = script.Generator(16, teacher.head.weight)
+    generator = script.Generator(16, teacher.head.weight, *NORMALISATION)
     z, labels = torch.randn(8, generator.latent_dim), torch.randint(num_classes, (8,))
     images = generator(z, labels)
     assert images.shape == (8, 3, 16, 16)
-    assert images.mean().abs() < 1e-4 and (images.std() - 1).abs() < 0.05
     logits, features, norms, inputs = script.teacher_forward(teacher, teacher.head, images)
     if loss == "ama":
         value = F.cross_entropy(lrq.ama_logits(features, teacher.head.weight, teacher.head.bias, labels, 0.2), labels)
@@ -406,23 +411,29 @@ def test_student_losses_train_every_parameter_of_the_student(loss):
     assert all(p.grad.abs().sum() > 0 for p in student.parameters())
 
 
-@pytest.mark.parametrize("num_classes, channels, precision", ((10, 3, torch.float32), (200, 1, torch.bfloat16)))
-def test_images_differ_in_contrast_and_brightness_as_their_noise_says(num_classes, channels, precision, script):
-    generator, z = script.Generator(16, torch.randn(num_classes, 12), channels), torch.randn(64, 100)
+@pytest.mark.parametrize("num_classes, mean, std, precision", (
+    (10, [0.5] * 3, [0.25] * 3, torch.float32), (10, [0.485, 0.456, 0.406], [0.5] * 3, torch.float32),
+    (200, [0.0], [1.0], torch.bfloat16)))
+def test_images_have_pixels_of_images_with_the_contrast_and_brightness_of_their_noise(num_classes, mean, std, precision, script):
+    """Whatever the normalisation: beyond the pixels' range the student, whose input is quantized to it, sees other images."""
+    generator, z = script.Generator(16, torch.randn(num_classes, 12), mean, std), torch.randn(64, 100)
     with torch.autocast("cpu", precision, enabled=precision != torch.float32):
         x = generator(z, torch.full((64,), num_classes - 1))
-    assert x.dtype == torch.float32 and x.mean((0, 2, 3)).abs().max() < 1e-4 and (x.std((0, 2, 3)) - 1).abs().max() < 1e-2
-    for i, figure in enumerate((x.std((2, 3)).mean(1).log(), x.mean((1, 2, 3)))):
-        assert torch.corrcoef(torch.stack([z[:, i], figure]))[0, 1] > 0.9
+    low, high = script.pixel_range(mean, std)
+    assert x.dtype == torch.float32 and x.shape == (64, len(mean), 16, 16) and low - 1e-6 < x.min() and x.max() < high + 1e-6
+    pixels = x * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+    assert (pixels.mean((0, 2, 3)) - 0.5).abs().max() < 0.05 and (pixels.std((0, 2, 3)) - 0.25).abs().max() < 0.05
+    for i, figure in enumerate((pixels.std((2, 3)).mean(1).log(), pixels.mean((1, 2, 3)))):
+        assert torch.corrcoef(torch.stack([z[:, i], figure]))[0, 1] > 0.8
 
 
 def test_codes_of_many_classes_are_as_alike_as_their_rows_of_the_classifier(script):
     rows = (torch.randn(20, 1, 12) + 0.3 * torch.randn(20, 10, 12)).flatten(0, 1)       # 200 classes of 20 kinds
-    codes = script.Generator(16, rows).embedding.weight.detach()
+    codes = script.Generator(16, rows, *NORMALISATION).embedding.weight.detach()
     assert codes.shape == (200, 100) and abs(codes.square().mean().sqrt() - 10) < 1e-3
     apart, expected = torch.cdist(codes, codes), torch.cdist(rows, rows)
     assert torch.allclose(apart / apart.mean(), expected / expected.mean(), atol=1e-3)  # D < latent_dim: no distance is lost
-    wide = script.Generator(16, torch.randn(200, 300)).embedding.weight.detach()
+    wide = script.Generator(16, torch.randn(200, 300), *NORMALISATION).embedding.weight.detach()
     assert wide.shape == (200, 100) and wide.square().mean(0).diff().max() < 1e-3       # the largest components first
 
 
@@ -436,7 +447,8 @@ def test_generator_has_a_long_range_only_with_attention():
     for size in (6, 8, 41):
         y = torch.randn(2, 4, size, size + 1)
         assert torch.allclose(block.dilated(y), block.long_range(y), atol=1e-5)
-    assert not any(isinstance(layer, lrq.LargeKernelAttention) for layer in lrq.Generator(16, torch.randn(7, 12), lka=False).modules())
+    generator = lrq.Generator(16, torch.randn(7, 12), *NORMALISATION, lka=False)
+    assert not any(isinstance(layer, lrq.LargeKernelAttention) for layer in generator.modules())
 
 
 def statistics_of(*shapes):
@@ -562,6 +574,19 @@ def test_quantize_leaves_the_teacher_as_it_is(teacher, script):
     assert same(before, state_bytes(teacher)) and teacher.training and len(teacher.bn._forward_hooks) == 1
     assert not torch.equal(student.stem.weight, teacher.stem.weight)
     assert 0 <= result["ptq_agreement"] <= 100 and "q_top1" not in result
+
+
+def test_batch_norms_are_corrected_with_activations_in_float_and_then_quantized(teacher, script, monkeypatch):
+    observing = []
+
+    def watching(student, *args):
+        observing.append({quantizer.observing for quantizer in quant.input_quantizers(student).values()})
+        return quant.correct_batch_norm(student, *args)
+    monkeypatch.setattr(script, "correct_batch_norm", watching)
+    student, _ = script.quantize(teacher, **SMALL, iterations=2, warmup=0.5)
+    assert observing == [{True}, {False}]
+    assert not torch.equal(student.bn.running_mean, teacher.bn.running_mean)
+    assert not torch.equal(student.bn.running_var, teacher.bn.running_var)
 
 
 def test_quantize_is_the_same_for_the_same_seed(teacher, script):
