@@ -10,8 +10,9 @@ Q learns from P on them.
     python clusterq.py --help                             # every flag, its default and where that comes from
 
 The algorithm, as numbered in quantize():
- 1. Once, after the generator's warm-up, by its images: each class's centroid, the ranges of Q's activations, and
-    what rounding did to the mean and the spread of each channel, for which Q's batch norms are corrected.
+ 1. Once, after the generator's warm-up, by its images: each class's centroid, the ranges of Q's activations, and what
+    rounding did to the mean and the spread of each channel, for which Q's batch norms are corrected: of rounded weights
+    first, then of activations too.
  2. Draw noise z and labels y, and images x = G(z, y) from them.
  3. Generator step on L_G = L_CE + a L_BNS + b L_SFDA, through the frozen P; G learns alone, without L_SFDA, at first.
  4. The centroids follow the images as exponential moving averages.
@@ -436,7 +437,7 @@ def python_values(v):
 
 POSITIVE = (lambda v: 0 < v < math.inf, "a number above 0")
 NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "a finite number, 0 or more")
-NONE_OR_NOT_NEGATIVE = (lambda v: v is None or NOT_NEGATIVE[0](v), NOT_NEGATIVE[1])  # None: by classes and bits
+NONE_OR_NOT_NEGATIVE = (lambda v: v is None or NOT_NEGATIVE[0](v), NOT_NEGATIVE[1])  # None: by classes, bits
 COMMON_RULES = {  # setting: (whether a value will do, what to choose)
     "w_bits": (whole(2, 8), "2 to 8 bits"), "a_bits": (whole(2, 8), "2 to 8 bits"),
     "image_size": (lambda v: whole(8)(v) and v % 4 == 0, "a multiple of 4, 8 or more"),
@@ -1110,8 +1111,8 @@ def common_flags(parser):
     add("--warmup", type=float, metavar="SHARE", help="share of the iterations in which the generator learns alone "
         "(default: %(default)s)")
     add("--generator-lr", type=float, metavar="RATE", help="of Adam (default: %(default)s, GDFQ)")
-    add("--student-lr", type=float, metavar="RATE", help="of SGD, falling as a cosine to zero (default: 0.003 up to 100 "
-        "classes, 0.01 there with --w 2, 0.000003 above; published for 80,000 iterations: 0.0001 and 0.000001)")
+    add("--student-lr", type=float, metavar="RATE", help="of SGD, falling as a cosine to zero (default: up to 100 classes "
+        "0.003, with --w 2 0.01, above 0.000003; published for 80,000 iterations: 0.0001 and 0.000001)")
     add("--seed", type=int, metavar="N", help="seed of all random numbers (default: %(default)s)")
     add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one, else cpu)")
     add("--precision", help="float32, bfloat16, or auto (default): bfloat16 where the processor has it; of the convolutions "

@@ -9,8 +9,8 @@ batch-norm statistics and classes are those that P remembers, and Q learns from 
     python lrq.py --help                             # every flag, its default and where that comes from
 
 The algorithm, as numbered in quantize():
- 1. Once, after the generator's warm-up: observe the ranges of Q's activations on generated images, fix them, and
-    correct Q's batch norms for what rounding did to the mean and the spread of each channel.
+ 1. Once, after the generator's warm-up, by its images: the ranges of Q's activations, and what rounding did to the mean and
+    the spread of each channel, for which Q's batch norms are corrected: of rounded weights first, then of activations too.
  2. Draw noise z and labels y, and images x = G(z, y) from them.
  3. Generator step on L_G = L_AMA + a L_BNS, through the frozen P; G learns alone at first.
  4. Student step on the same images: L_Q = CE(Q(x), y) + L_DKD, CE only where P sees y in x.
@@ -19,8 +19,8 @@ The algorithm, as numbered in quantize():
 
 Differences from the paper: no code of it was published, so where the large-kernel attention stands and what the
 Adversarial Margin Add is in equations are our reading of the abstract. From GDFQ (arXiv 2003.03603), whose generator
-and schedule it builds on: the label's embedding is added to the noise instead of multiplied, images have the pixels of
-images and differ in contrast and brightness, L_BNS is measured in units of each layer's standard deviation, and the
+and schedule it builds on: the label's embedding is added to the noise instead of multiplied, the pixels of images stay
+in [0, 1], images differ in contrast and brightness, L_BNS is measured in units of each layer's standard deviation, and the
 student, its batch norms corrected, learns at another rate and temperature, by clipped gradients. The README says what was
 measured of this.
 
@@ -205,7 +205,7 @@ def ama_logits(features, weight, bias, labels, margin):
     w_y = weight[labels]                                                                # (B, D)
     dot, w_norm = (features * w_y).sum(1), w_y.norm(dim=1)                              # (B,)
     norms = features.norm(dim=1) * w_norm
-    r = features - (dot / w_norm.square())[:, None] * w_y
+    r = features - (dot / w_norm.square().clamp(min=torch.finfo(dot.dtype).tiny))[:, None] * w_y
     change = (math.cos(margin) - 1) * dot - math.sin(margin) * w_norm * r.norm(dim=1)
     sign = math.copysign(1, margin)
     beyond = -sign * dot > math.cos(margin) * norms
@@ -389,7 +389,7 @@ def python_values(v):
 
 POSITIVE = (lambda v: 0 < v < math.inf, "a number above 0")
 NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "a finite number, 0 or more")
-NONE_OR_NOT_NEGATIVE = (lambda v: v is None or NOT_NEGATIVE[0](v), NOT_NEGATIVE[1])  # None: by classes and bits
+NONE_OR_NOT_NEGATIVE = (lambda v: v is None or NOT_NEGATIVE[0](v), NOT_NEGATIVE[1])  # None: by classes, bits
 COMMON_RULES = {  # setting: (whether a value will do, what to choose)
     "w_bits": (whole(2, 8), "2 to 8 bits"), "a_bits": (whole(2, 8), "2 to 8 bits"),
     "image_size": (lambda v: whole(8)(v) and v % 4 == 0, "a multiple of 4, 8 or more"),
@@ -1063,8 +1063,8 @@ def common_flags(parser):
     add("--warmup", type=float, metavar="SHARE", help="share of the iterations in which the generator learns alone "
         "(default: %(default)s)")
     add("--generator-lr", type=float, metavar="RATE", help="of Adam (default: %(default)s, GDFQ)")
-    add("--student-lr", type=float, metavar="RATE", help="of SGD, falling as a cosine to zero (default: 0.003 up to 100 "
-        "classes, 0.01 there with --w 2, 0.000003 above; published for 80,000 iterations: 0.0001 and 0.000001)")
+    add("--student-lr", type=float, metavar="RATE", help="of SGD, falling as a cosine to zero (default: up to 100 classes "
+        "0.003, with --w 2 0.01, above 0.000003; published for 80,000 iterations: 0.0001 and 0.000001)")
     add("--seed", type=int, metavar="N", help="seed of all random numbers (default: %(default)s)")
     add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one, else cpu)")
     add("--precision", help="float32, bfloat16, or auto (default): bfloat16 where the processor has it; of the convolutions "

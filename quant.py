@@ -288,9 +288,10 @@ def correct_batch_norm(student, teacher, batches):
     Source: of the means, Nagel et al., arXiv 1906.04721, section 4.2, and of both, by the weights alone, Banner et al., arXiv
     1810.05723; here measured on images.
     """
+    teacher = copy_without_hooks(teacher).eval()  # in training mode it would change its running statistics
     norms = [[layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None]
              for model in (teacher, student)]
-    expected, averages, count = {}, {}, 0
+    expected, averages, counts = {}, {}, Counter()  # each by the number of the batch norm, which may run more than once
 
     def statistics(x):
         mean = x.mean((0, 2, 3), keepdim=True)
@@ -302,7 +303,8 @@ def correct_batch_norm(student, teacher, batches):
     def correct(index):
         def hook(layer, args):
             now = torch.stack([*expected[index].pop(0), *statistics(args[0])])          # (4, C)
-            averages[index] = averages.get(index, 0) + (now - averages.get(index, 0)) / count
+            counts[index] += 1
+            averages[index] = averages.get(index, 0) + (now - averages.get(index, 0)) / counts[index]
             m, v, student_m, student_v = averages[index]
             r = ((student_v + layer.eps) / (v + layer.eps)).sqrt().clamp(1 / 4, 4)
             original = norms[0][index]
@@ -313,7 +315,7 @@ def correct_batch_norm(student, teacher, batches):
     try:
         for layers, kind in zip(norms, (measure, correct)):
             hooks += [layer.register_forward_pre_hook(kind(index)) for index, layer in enumerate(layers)]
-        for count, images in enumerate(batches, 1):
+        for images in batches:
             teacher(images)
             student(images)
     finally:

@@ -218,7 +218,7 @@ def test_state_dict_brings_the_ranges_along():
     assert torch.equal(again(x), student(x)) and torch.equal(copy.deepcopy(student)(x), student(x))
 
 
-@pytest.mark.parametrize("activations", ("float", "quantized"))
+@pytest.mark.parametrize("activations", ("float", "quantized", "float, then quantized"))
 def test_batch_norms_after_correction_give_what_they_give_in_the_teacher(activations):
     teacher = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8),
                             nn.BatchNorm2d(8, affine=False)).eval()
@@ -234,15 +234,31 @@ def test_batch_norms_after_correction_give_what_they_give_in_the_teacher(activat
         ours, theirs = [torch.stack([torch.stack([y.mean((0, 2, 3)), y.std((0, 2, 3)).log()]) for y in map(model, batches)])
                         for model in (student, teacher)]
         return (ours - theirs).abs().mean(2).T
-    off, before = apart(), state_bytes(student)
-    assert quant.correct_batch_norm(student, teacher, batches) is student
+    off = apart()
+    if activations == "float, then quantized":
+        quant.freeze(quant.correct_batch_norm(quant.observe(student), teacher, batches))
+    before, of_teacher = state_bytes(student), state_bytes(teacher)
+    assert quant.correct_batch_norm(student, teacher.train(), batches) is student       # the teacher's mode does not matter
+    assert same(of_teacher, state_bytes(teacher)) and teacher.training
+    teacher.eval()
     once = apart()
     assert (once.amax(1) < torch.tensor([0.1, 0.4]) * off.amin(1)).all()
     quant.correct_batch_norm(student, teacher, batches)                                 # nothing is corrected twice
     assert torch.allclose(apart(), once, atol=0.01)
     changed = {key for key, value in student.state_dict().items() if torch.is_tensor(value) and not torch.equal(value, before[key])}
-    assert {key for key in changed if "quantizer" not in key} == {f"{i}.running_{name}" for i in (1, 4) for name in ("mean", "var")}
+    if activations == "float":                                                          # whose ranges go on moving
+        changed = {key for key in changed if "quantizer" not in key}
+    assert changed == {f"{i}.running_{name}" for i in (1, 4) for name in ("mean", "var")}
     assert not any(layer._forward_pre_hooks for model in (teacher, student) for layer in (model[1], model[4]))
+
+
+def test_correction_of_a_batch_norm_that_runs_twice_is_by_the_average_of_all_its_runs():
+    norm = nn.BatchNorm2d(4)
+    teacher = nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.Conv2d(4, 4, 1), norm).eval()
+    student = quant.observe(calibrated(teacher))
+    student[2].bias.data += 8                                                           # the second run alone is off
+    quant.correct_batch_norm(student, teacher, [torch.randn(16, 3, 8, 8)])
+    assert ((student[1].running_mean - teacher[1].running_mean).mean() - 4).abs() < 1
 
 
 def test_correction_bounds_what_a_channel_without_spread_is_multiplied_by():
@@ -333,10 +349,10 @@ def test_margin_is_added_to_the_angle(margin):
 
 
 def test_margin_has_finite_gradients_at_every_angle():
-    w = torch.randn(3, 4)
-    f = torch.stack([w[0], -w[0], 1e-20 * w[1], torch.zeros(4), 1e6 * w[2]]).requires_grad_()
-    for margin in (-0.3, 0.3):
-        F.cross_entropy(lrq.ama_logits(f, w, None, torch.tensor([0, 0, 1, 1, 2]), margin), torch.tensor([0, 0, 1, 1, 2])).backward()
+    w, labels = torch.cat([torch.randn(3, 4), torch.zeros(1, 4)]), torch.tensor([0, 0, 1, 1, 2, 3])
+    f = torch.stack([w[0], -w[0], 1e-20 * w[1], torch.zeros(4), 1e6 * w[2], w[1]]).requires_grad_()
+    for margin in (-0.3, 0.0, 0.3):
+        F.cross_entropy(lrq.ama_logits(f, w, None, labels, margin), labels).backward()
         assert f.grad.isfinite().all() and f.grad.abs().sum() > 0
 
 
@@ -587,6 +603,13 @@ def test_batch_norms_are_corrected_with_activations_in_float_and_then_quantized(
     assert observing == [{True}, {False}]
     assert not torch.equal(student.bn.running_mean, teacher.bn.running_mean)
     assert not torch.equal(student.bn.running_var, teacher.bn.running_var)
+
+
+@pytest.mark.parametrize("w_bits, num_classes, student_lr, bns_weight", ((3, 7, 3e-3, 1), (2, 7, 1e-2, 1), (2, 101, 3e-6, 100)))
+def test_rates_and_weights_left_out_follow_from_classes_and_bits(w_bits, num_classes, student_lr, bns_weight, teacher, script):
+    teacher.head = nn.Linear(12, num_classes)
+    _, result = script.quantize(teacher, **{**SMALL, "w_bits": w_bits, "num_classes": num_classes}, iterations=1)
+    assert result["student_lr"] == student_lr and result["bns_weight"] == bns_weight
 
 
 def test_quantize_is_the_same_for_the_same_seed(teacher, script):
