@@ -927,14 +927,13 @@ class Run:
     @torch.no_grad()
     def save_samples(self):
         """samples.png: generated images, the same noise for any run, one row a class, ten classes at the most."""
-        num_classes, mean, std = (self.settings[key] for key in ("num_classes", "mean", "std"))
+        num_classes = self.settings["num_classes"]
         rows, columns = min(num_classes, 10), 8 if self.generator.start_size <= 16 else 4
         labels = (torch.arange(rows) * num_classes // rows).repeat_interleave(columns).to(self.device)
         z = torch.randn(len(labels), self.generator.latent_dim, generator=torch.Generator().manual_seed(0)).to(self.device)
-        images = self.generator.eval()(z, labels).float().cpu()
-        pixels = images * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+        pixels = self.generator.eval()(z, labels) * self.generator.std + self.generator.mean
         with atomically(self.out / "samples.png") as path:
-            utils.save_image(pixels.clamp(0, 1), path, nrow=columns, format="png")
+            utils.save_image(pixels, path, nrow=columns, format="png")
 
     def save(self):
         if self.out is None:

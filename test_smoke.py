@@ -438,9 +438,9 @@ def test_images_have_pixels_of_images_with_the_contrast_and_brightness_of_their_
     low, high = script.pixel_range(mean, std)
     assert x.dtype == torch.float32 and x.shape == (64, len(mean), 16, 16) and low - 1e-6 < x.min() and x.max() < high + 1e-6
     pixels = x * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
-    assert (pixels.mean((0, 2, 3)) - 0.5).abs().max() < 0.05 and (pixels.std((0, 2, 3)) - 0.25).abs().max() < 0.05
+    assert (pixels.mean((0, 2, 3)) - 0.5).abs().max() < 0.01 and (pixels.std((0, 2, 3)) - 0.25).abs().max() < 0.03
     for i, figure in enumerate((pixels.std((2, 3)).mean(1).log(), pixels.mean((1, 2, 3)))):
-        assert torch.corrcoef(torch.stack([z[:, i], figure]))[0, 1] > 0.8
+        assert torch.corrcoef(torch.stack([z[:, i], figure]))[0, 1] > 0.85
 
 
 def test_codes_of_many_classes_are_as_alike_as_their_rows_of_the_classifier(script):
