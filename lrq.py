@@ -345,7 +345,8 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
             if step >= warm_iterations:
                 done = (step - warm_iterations) / (iterations - warm_iterations)
                 student_optimizer.param_groups[0]["lr"] = student_lr * 0.5 * (1 + math.cos(math.pi * done))
-                logits, teacher_logits = student(images.detach()), teacher_logits.detach()
+                with autocast():
+                    logits, teacher_logits = student(images.detach()), teacher_logits.detach()
                 recognised = teacher_logits.argmax(1) == labels  # a label that P does not see in x would teach Q an error
                 loss_ce = (F.cross_entropy(logits, labels, reduction="none") * recognised).mean()
                 loss_kd = (dkd_loss(logits, teacher_logits, labels, alpha, beta, temperature) if kd == "dkd"
@@ -712,7 +713,7 @@ def first_line(error):
 
 
 def choose_device(name, precision):
-    """(device, number type): that of the generator's and the teacher's convolutions, bfloat16 where it is native."""
+    """(device, number type): that of convolutions while training, bfloat16 where it is native."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -722,7 +723,7 @@ def choose_device(name, precision):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     torch.backends.cudnn.benchmark = True  # every iteration has the same shapes
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32: the student's grid is exact
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     if precision == "auto":
         able = torch.cpu.get_capabilities()
         native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
@@ -1066,8 +1067,8 @@ def common_flags(parser):
         "0.003, with --w 2 0.01, above 0.000003; published for 80,000 iterations: 0.0001 and 0.000001)")
     add("--seed", type=int, metavar="N", help="seed of all random numbers (default: %(default)s)")
     add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one, else cpu)")
-    add("--precision", help="float32, bfloat16, or auto (default): bfloat16 where the processor has it; of the convolutions "
-        "of generator and teacher in training, never of the student or of an accuracy")
+    add("--precision", help="float32, bfloat16, or auto (default): bfloat16 where the processor has it; of convolutions "
+        "in training, never of the student's grid or of an accuracy")
     add("--out", metavar="FOLDER", help="where result.json, student.pt, checkpoint.pt, samples.png and log.csv go "
         "(default: a folder in out/ named after the settings); an earlier run there is moved aside, not lost")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, exactly")

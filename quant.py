@@ -14,6 +14,8 @@ The maths and the words are those of torch.fake_quantize_per_tensor_affine and .
     q = clamp(round(x / scale) + zero_point, quant_min, quant_max)      rounding half to even
     y = (q - zero_point) * scale
 
+A layer works on the whole numbers q - zero_point and multiplies the scales in afterwards, as integer hardware does.
+
 What is quantized: the weight (per output channel) and the input (per tensor) of every Conv2d and Linear, the first and
 the last included. What is not: biases, batch-norm layers, sums, poolings, everything else, in float32.
 This module knows torch and nothing else: no paths, flags, losses or training.
@@ -25,8 +27,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["calculate_qparams", "fake_quantize", "QuantConv2d", "QuantLinear", "quantize_model", "observe", "freeze",
-           "correct_batch_norm", "pack", "unpack"]
+__all__ = ["calculate_qparams", "quantize_tensor", "fake_quantize", "QuantConv2d", "QuantLinear", "quantize_model",
+           "observe", "freeze", "correct_batch_norm", "pack", "unpack"]
 
 
 # ------------------------------------------------------------------------------------------------ the maths
@@ -73,7 +75,7 @@ def calculate_range(x, bits, symmetric):
     return share * low, share * high
 
 
-class _FakeQuantize(torch.autograd.Function):
+class _Quantize(torch.autograd.Function):
     """Rounding has gradient zero almost everywhere, so the backward pass leaves it out (straight-through estimator,
     Bengio et al., arXiv 1308.3432). Clipping is kept: where the code was clipped the output does not depend on x, and
     the gradient is zero, as in torch's own operator."""
@@ -83,30 +85,41 @@ class _FakeQuantize(torch.autograd.Function):
         q = (x * (1 / scale)).round_().add_(zero_point)
         clipped = q.clamp(quant_min, quant_max)
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(q == clipped)
-        return clipped.sub_(zero_point).mul_(scale)
+            ctx.save_for_backward(q.eq_(clipped).mul_(1 / scale))  # numbers: Booleans are several times slower on a CPU
+        return clipped.sub_(zero_point)
 
     @staticmethod
     def backward(ctx, grad_output):
         return grad_output * ctx.saved_tensors[0], None, None, None, None
 
 
-def fake_quantize(x, scale, zero_point, quant_min, quant_max, axis=None):
-    """Round x to the grid of (scale, zero_point) and back to float.
+def broadcast_along(values, x, axis):
+    """values, (x.shape[axis],), in a shape that broadcasts with x; one value for all of x if axis is None."""
+    return values if axis is None else values.view([-1 if i == axis else 1 for i in range(x.dim())])
+
+
+def quantize_tensor(x, scale, zero_point, quant_min, quant_max, axis=None):
+    """x in steps of the grid of (scale, zero_point): q - zero_point, whole numbers from -255 to 255 as float32.
 
     x: any shape, float32. scale, zero_point: one value for all of x if axis is None, else (x.shape[axis],).
-    Returns a tensor like x; the gradient passes straight through, except where x was clipped (zero).
+    Returns a tensor like x; its gradient is that of x / scale, except where x was clipped (zero).
     """
-    shape = [1] * x.dim()
-    if axis is not None:
-        shape[axis] = -1
-    return _FakeQuantize.apply(x, scale.reshape(shape), zero_point.reshape(shape), quant_min, quant_max)
+    return _Quantize.apply(x, broadcast_along(scale, x, axis), broadcast_along(zero_point, x, axis), quant_min, quant_max)
+
+
+def fake_quantize(x, scale, zero_point, quant_min, quant_max, axis=None):
+    """Round x to the grid of (scale, zero_point) and back to float; arguments as of quantize_tensor.
+
+    The gradient passes straight through, except where x was clipped (zero).
+    """
+    return quantize_tensor(x, scale, zero_point, quant_min, quant_max, axis) * broadcast_along(scale, x, axis)
 
 
 # ------------------------------------------------------------------------------------------------ the layers
 
 class InputQuantizer(nn.Module):
-    """Fake quantizer of one layer's input, with one range for each time that the layer runs in a forward pass.
+    """Quantizer of one layer's input, with one range for each time that the layer runs in a forward pass: returns the input
+    in steps of its grid, and the step.
 
     Buffers min_val, max_val, scale, zero_point: (calls,), empty until images were observed. `calls_so_far` is one
     Counter for the whole model, emptied when a forward pass starts: it tells which run of the layer this one is, and
@@ -129,12 +142,12 @@ class InputQuantizer(nn.Module):
         self.calls_so_far[id(self)] += 1
         if self.observing:
             self.observe(x.detach(), call, network_input)
-            return x
+            return x, x.new_ones(())
         if not self.bits:
             raise RuntimeError("no activation range: call observe(model), run images through it, then freeze(model)")
         call %= len(self.bits)
         quant_min, quant_max = quant_bounds(self.bits[call], self.symmetric)
-        return fake_quantize(x, self.scale[call], self.zero_point[call], quant_min, quant_max)
+        return quantize_tensor(x, self.scale[call], self.zero_point[call], quant_min, quant_max), self.scale[call]
 
     def observe(self, x, call, network_input):
         """Moving average, momentum 0.1, of each batch's calculate_range."""
@@ -175,17 +188,25 @@ class InputQuantizer(nn.Module):
 
 
 class QuantConv2d(nn.Conv2d):
-    """Conv2d whose weight (per output channel) and input (per tensor) are fake-quantized. Made by quantize_model."""
+    """Conv2d whose weight (per output channel) and input (per tensor) are quantized. Made by quantize_model.
+
+    The convolution is of whole numbers of at most 8 bits and a sign, and the scales are multiplied in afterwards, as
+    integer hardware does it. So under autocast nothing of the grid is lost: bfloat16 holds these numbers exactly.
+    """
 
     def forward(self, x):
-        return self._conv_forward(self.input_quantizer(x), quantized_weight(self), self.bias)
+        x, scale = self.input_quantizer(x)
+        y = self._conv_forward(x, integer_weight(self), None) * (scale * self.weight_scale)[:, None, None]
+        return y if self.bias is None else y + self.bias[:, None, None]
 
 
 class QuantLinear(nn.Linear):
-    """Linear whose weight (per output row) and input (per tensor) are fake-quantized. Made by quantize_model."""
+    """Linear whose weight (per output row) and input (per tensor) are quantized, like QuantConv2d's. Made by quantize_model."""
 
     def forward(self, x):
-        return F.linear(self.input_quantizer(x), quantized_weight(self), self.bias)
+        x, scale = self.input_quantizer(x)
+        y = F.linear(x, integer_weight(self)) * (scale * self.weight_scale)
+        return y if self.bias is None else y + self.bias
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
@@ -201,8 +222,9 @@ def weight_qparams(layer):
     return layer.weight_scale, layer.weight_zero_point, *quant_bounds(layer.w_bits, layer.symmetric)
 
 
-def quantized_weight(layer):
-    return fake_quantize(layer.weight, *weight_qparams(layer), axis=0)
+def integer_weight(layer):
+    """A layer's weight in steps of its grid, whole numbers as float32."""
+    return quantize_tensor(layer.weight, *weight_qparams(layer), axis=0)
 
 
 # ------------------------------------------------------------------------------------------------ whole models
@@ -359,8 +381,7 @@ def pack(model):
     with torch.no_grad():
         for name, layer in quant_layers(model).items():
             scale, zero_point, quant_min, _ = weight_qparams(layer)
-            shape = [-1] + [1] * (layer.weight.dim() - 1)
-            codes = (quantized_weight(layer) / scale.view(shape)).round().to(torch.int32) + zero_point.view(shape)
+            codes = integer_weight(layer).to(torch.int32) + broadcast_along(zero_point, layer.weight, 0)
             quantizer = layer.input_quantizer
             layers[name] = {
                 "codes": pack_bits(codes - quant_min, layer.w_bits).cpu(), "shape": list(layer.weight.shape),
@@ -396,13 +417,13 @@ def unpack(packed, model):
     with torch.no_grad():
         for name, layer in quant_layers(student).items():
             data, device = layers[name], layer.weight.device
-            layer.w_bits, layer.symmetric, shape = data["bits"], data["symmetric"], [-1] + [1] * (layer.weight.dim() - 1)
+            layer.w_bits, layer.symmetric = data["bits"], data["symmetric"]
             quant_min, _ = quant_bounds(layer.w_bits, layer.symmetric)
             codes = unpack_bits(data["codes"], layer.w_bits, layer.weight.numel()).view(data["shape"])
-            zero_point = data["zero_point"].to(torch.int32)
-            layer.weight.copy_((codes - zero_point.view(shape)).float() * data["scale"].view(shape))
+            zero_points, scales = (broadcast_along(data[name], codes, 0) for name in ("zero_point", "scale"))
+            layer.weight.copy_((codes - zero_points).float() * scales)
             layer.weight_scale = data["scale"].to(device)
-            layer.weight_zero_point = (zero_point + quant_min).to(device)
+            layer.weight_zero_point = (data["zero_point"].to(torch.int32) + quant_min).to(device)
             quantizer = layer.input_quantizer
             quantizer.bits, quantizer.symmetric = list(data["input_bits"]), layer.symmetric
             quantizer.scale, quantizer.zero_point = data["input_scale"].to(device), data["input_zero_point"].to(device)
