@@ -277,7 +277,7 @@ def teacher_forward(teacher, classifier, images):
 
 def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, iterations, batch_size, seed=0,
              device="auto", evaluate=None, out=None, symmetric=False, classifier=None, precision="auto", lka=True,
-             margin=0.0, kd="dkd", temperature=4.0, alpha=1.0, beta=1.0, bns_weight=None, generator_lr=1e-3,
+             margin=None, kd="dkd", temperature=4.0, alpha=1.0, beta=1.0, bns_weight=None, generator_lr=1e-3,
              student_lr=None, warmup=0.15, resume=False, checkpoint_every=60, about=None):
     """Quantize a trained classifier without its data. Returns (student, result).
 
@@ -296,6 +296,8 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
         student_lr = settings["student_lr"] = 3e-6 if num_classes > 100 else 1e-2 if w_bits == 2 else 3e-3
     if bns_weight is None:
         bns_weight = settings["bns_weight"] = 1.0 if num_classes <= 100 else 100.0
+    if margin is None:
+        margin = settings["margin"] = -0.5 if num_classes <= 100 else 0.0
     device, dtype = choose_device(device, precision)
     settings["precision"] = str(dtype).removeprefix("torch.")
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -1125,7 +1127,7 @@ def run(main):
 # ================================================================================================ shared plumbing: end
 
 
-RULES = {"margin": (lambda v: abs(v) < math.pi, "a number of radians between -pi and pi"),
+RULES = {"margin": (lambda v: v is None or abs(v) < math.pi, "a number of radians between -pi and pi"),
          "kd": (lambda v: v in ("kl", "dkd"), "kl or dkd"), "temperature": POSITIVE, "alpha": NOT_NEGATIVE,
          "beta": NOT_NEGATIVE, "bns_weight": NONE_OR_NOT_NEGATIVE}
 
@@ -1135,7 +1137,8 @@ def main(argv=None):
     common_flags(parser)
     add = parser.add_argument_group("method (--no-lka --margin 0 --kd kl: GDFQ, but for the differences named above)").add_argument
     add("--no-lka", dest="lka", action="store_false", help="generator without large-kernel attention")
-    add("--margin", type=float, metavar="RADIANS", help="AMA's angular margin on the label's logit (default: %(default)s)")
+    add("--margin", type=float, metavar="RADIANS", help="AMA's angular margin on the label's logit; below 0 it widens the "
+        "angles (default: -0.5 up to 100 classes, 0 above)")
     add("--kd", choices=("dkd", "kl"), help="distillation: decoupled (default) or plain KL divergence")
     add("--temperature", type=float, metavar="T", help="temperature of the distillation (default: %(default)s, as in the "
         "decoupled distillation paper)")

@@ -645,6 +645,7 @@ def test_rates_and_weights_left_out_follow_from_classes_and_bits(w_bits, num_cla
     teacher.head = nn.Linear(12, num_classes)
     _, result = script.quantize(teacher, **{**SMALL, "w_bits": w_bits, "num_classes": num_classes}, iterations=1)
     assert result["student_lr"] == student_lr and result["bns_weight"] == bns_weight
+    assert script is clusterq or result["margin"] == (-0.5 if num_classes <= 100 else 0)
 
 
 def test_quantize_is_the_same_for_the_same_seed(teacher, script):
