@@ -294,7 +294,7 @@ class Centroids(nn.Module):
 
 def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, iterations, batch_size, seed=0,
              device="auto", evaluate=None, out=None, symmetric=False, classifier=None, precision="auto", sfda=True,
-             variance=True, fresh_noise=False, ema=True, rho=0.2, noise=0.3, first_layer=None, temperature=4.0,
+             variance=True, fresh_noise=False, ema=True, rho=0.2, noise=0.5, first_layer=None, temperature=4.0,
              bns_weight=None, sfda_weight=0.9, generator_lr=1e-3, student_lr=None, warmup=0.15, separability=False,
              resume=False, checkpoint_every=60, about=None):
     """Quantize a trained classifier without its data. Returns (student, result).
