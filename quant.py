@@ -81,16 +81,18 @@ class _Quantize(torch.autograd.Function):
     the gradient is zero, as in torch's own operator."""
 
     @staticmethod
-    def forward(ctx, x, scale, zero_point, quant_min, quant_max):
+    def forward(ctx, x, scale, zero_point, quant_min, quant_max, dequantize):
         q = (x * (1 / scale)).round_().add_(zero_point)
         clipped = q.clamp(quant_min, quant_max)
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(q.eq_(clipped).mul_(1 / scale))  # numbers: Booleans are several times slower on a CPU
-        return clipped.sub_(zero_point)
+            kept = q.eq_(clipped)  # as numbers: Booleans are several times slower on a CPU
+            ctx.save_for_backward(kept if dequantize else kept.mul_(1 / scale))
+        steps = clipped.sub_(zero_point)
+        return steps.mul_(scale) if dequantize else steps
 
     @staticmethod
     def backward(ctx, grad_output):
-        return grad_output * ctx.saved_tensors[0], None, None, None, None
+        return grad_output * ctx.saved_tensors[0], None, None, None, None, None
 
 
 def broadcast_along(values, x, axis):
@@ -104,7 +106,8 @@ def quantize_tensor(x, scale, zero_point, quant_min, quant_max, axis=None):
     x: any shape, float32. scale, zero_point: one value for all of x if axis is None, else (x.shape[axis],).
     Returns a tensor like x; its gradient is that of x / scale, except where x was clipped (zero).
     """
-    return _Quantize.apply(x, broadcast_along(scale, x, axis), broadcast_along(zero_point, x, axis), quant_min, quant_max)
+    scale, zero_point = broadcast_along(scale, x, axis), broadcast_along(zero_point, x, axis)
+    return _Quantize.apply(x, scale, zero_point, quant_min, quant_max, False)
 
 
 def fake_quantize(x, scale, zero_point, quant_min, quant_max, axis=None):
@@ -112,7 +115,8 @@ def fake_quantize(x, scale, zero_point, quant_min, quant_max, axis=None):
 
     The gradient passes straight through, except where x was clipped (zero).
     """
-    return quantize_tensor(x, scale, zero_point, quant_min, quant_max, axis) * broadcast_along(scale, x, axis)
+    scale, zero_point = broadcast_along(scale, x, axis), broadcast_along(zero_point, x, axis)
+    return _Quantize.apply(x, scale, zero_point, quant_min, quant_max, True)
 
 
 # ------------------------------------------------------------------------------------------------ the layers
@@ -420,8 +424,8 @@ def unpack(packed, model):
             layer.w_bits, layer.symmetric = data["bits"], data["symmetric"]
             quant_min, _ = quant_bounds(layer.w_bits, layer.symmetric)
             codes = unpack_bits(data["codes"], layer.w_bits, layer.weight.numel()).view(data["shape"])
-            zero_points, scales = (broadcast_along(data[name], codes, 0) for name in ("zero_point", "scale"))
-            layer.weight.copy_((codes - zero_points).float() * scales)
+            steps = codes - broadcast_along(data["zero_point"], codes, 0)
+            layer.weight.copy_(steps * broadcast_along(data["scale"], codes, 0))
             layer.weight_scale = data["scale"].to(device)
             layer.weight_zero_point = (data["zero_point"].to(torch.int32) + quant_min).to(device)
             quantizer = layer.input_quantizer
