@@ -125,47 +125,62 @@ class Generator(nn.Module):
 # ------------------------------------------------------------------------------------------------ losses
 
 class MeanVariance(torch.autograd.Function):
-    """Mean and biased variance of h, (B, C, H, W), over the dimensions `dims`, in float32: what torch.var_mean gives, in
-    an eighth of its time on a CPU (which goes through channels-last values one by one), and one pass backwards."""
+    """Mean and biased variance of h, (B, C, H, W), over height and width, in float32: what torch.var_mean gives, in an
+    eighth of its time on a CPU (which goes through channels-last values one by one), and one pass backwards."""
 
     @staticmethod
-    def forward(ctx, h, dims):
+    def forward(ctx, h):
         wide = h.float()
-        mean = wide.mean(dims, keepdim=True)
+        mean = wide.mean((2, 3), keepdim=True)
         ctx.save_for_backward(h, mean)
-        ctx.count = h.numel() // mean.numel()
-        return mean.squeeze(dims), (wide - mean).square_().mean(dims)
+        return mean.squeeze((2, 3)), (wide - mean).square_().mean((2, 3))
 
     @staticmethod
     def backward(ctx, grad_mean, grad_variance):
         h, mean = ctx.saved_tensors
-        grad_mean, slope = (grad.view(mean.shape) / ctx.count for grad in (grad_mean, 2 * grad_variance))
-        return torch.addcmul((grad_mean - slope * mean).to(h.dtype), slope.to(h.dtype), h), None
+        grad_mean, slope = (grad[:, :, None, None] / h[0, 0].numel() for grad in (grad_mean, 2 * grad_variance))
+        return torch.addcmul((grad_mean - slope * mean).to(h.dtype), slope.to(h.dtype), h)
 
 
-def batch_norm_loss(inputs, running_means, running_vars, units=None):
-    """L_BNS = mean over layers l of MSE(mean(h_l), mu_l) + MSE(var(h_l), var_l)          (GDFQ, arXiv 2003.03603, eq. 4)
-
-    inputs: the h_l, each (B, C_l, H, W); running_means, running_vars: mu_l and var_l, each (C_l,). Mean and biased
-    variance are over batch, height and width; MSE is the mean over channels. units: s_l, one number a layer, in which
-    h_l is measured (1 if None): with s_l^2 = mean(var_l) every layer counts alike, whatever the size of its values.
-    """
-    loss, units = 0, units or [1] * len(inputs)
-    for h, mu, var, s in zip(inputs, running_means, running_vars, units):
-        batch_mean, batch_var = MeanVariance.apply(h, (0, 2, 3))
-        loss = loss + F.mse_loss(batch_mean / s, mu / s) + F.mse_loss(batch_var / s ** 2, var / s ** 2)
-    return loss / len(inputs)
-
-
-def semantic_statistics(inputs, units):
+def image_statistics(inputs):
     """Means m_il and variances v_il over height and width, of each image i and channel of layer l: (B, C), (B, C).
 
-    inputs: the h_l of the semantic layers, each (B, C_l, H, W); the channels of all layers stand side by side, C in all.
-    units: s_l, one number a layer, in which m is measured (v in its square). Source: ClusterQ, arXiv 2205.00179.
+    inputs: the h_l, each (B, C_l, H, W). The channels of all layers stand side by side, C in all, here and in what follows.
     """
-    pairs = [MeanVariance.apply(h, (2, 3)) for h in inputs]
-    return (torch.cat([mean / s for (mean, _), s in zip(pairs, units)], 1),
-            torch.cat([var / s ** 2 for (_, var), s in zip(pairs, units)], 1))
+    means, variances = zip(*(MeanVariance.apply(h) for h in inputs))
+    return torch.cat(means, 1), torch.cat(variances, 1)
+
+
+def layer_constants(norms):
+    """Of batch norms l the (mu, var, units, channel_weight): running means mu_l and variances var_l, units s_l and weights, (C,) each.
+
+    s_l^2 = mean(var_l): measured in units of s_l, every layer counts alike, whatever the size of its values. The weight is
+    1 / (L C_l), with which a sum over all channels is the mean over L layers of the mean over a layer's channels.
+    """
+    mu, var = (torch.cat([getattr(norm, name).float() for norm in norms]) for name in ("running_mean", "running_var"))
+    widths = torch.tensor([norm.num_features for norm in norms], device=mu.device)
+    units = torch.stack([norm.running_var.float().mean().sqrt() for norm in norms])
+    return mu, var, units.repeat_interleave(widths), (1 / (len(norms) * widths)).repeat_interleave(widths)
+
+
+def batch_norm_loss(means, variances, mu, var, units, channel_weight):
+    """L_BNS = mean over layers l of MSE(mean(h_l), mu_l) + MSE(var(h_l), var_l), h_l in units of s_l
+    (GDFQ, arXiv 2003.03603, eq. 4, where s_l is 1).
+
+    means, variances: of each image, (B, C), see image_statistics. The others: (C,), see layer_constants. Mean
+    and biased variance are over batch, height and width; MSE is the mean over a layer's channels.
+    """
+    batch_mean = means.mean(0)
+    batch_var = variances.mean(0) + (means - batch_mean).square().mean(0)               # within images, and between
+    return (((batch_mean - mu) / units).square() + ((batch_var - var) / units.square()).square()) @ channel_weight
+
+
+def semantic_statistics(means, variances, units):
+    """Of the statistics of all layers, see image_statistics, those of the semantic ones, the last, in units of s_l: m, v.
+
+    units: of the semantic layers' channels, (C,). Returns (B, C), (B, C). Source: ClusterQ, arXiv 2205.00179.
+    """
+    return means[:, -len(units):] / units, variances[:, -len(units):] / units.square()
 
 
 def sfda_loss(means, variances, target_means, target_variances, channel_weight, seen):
@@ -318,14 +333,12 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     settings["precision"] = str(dtype).removeprefix("torch.")
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     teacher, layer, norms = prepare_teacher(teacher, image_size, num_classes, len(mean), classifier, device)
-    running_means, running_vars = [norm.running_mean for norm in norms], [norm.running_var for norm in norms]
-    units = [var.mean().sqrt() for var in running_vars]                                 # s_l
+    constants = layer_constants(norms)                                                  # mu, var, s, weight: (C,)
     first = (len(norms) + 1) // 2 - 2 if first_layer is None else first_layer           # l0
     first = max(first, 0)
     if first >= len(norms):
         raise BadInput(f"--first-layer {first}: the teacher has {len(norms)} batch-norm layers, choose a smaller number")
-    widths = torch.tensor([norm.num_features for norm in norms[first:]], device=device)
-    channel_weight = (1 / (len(widths) * widths)).repeat_interleave(widths)             # (C,)
+    _, _, units, channel_weight = layer_constants(norms[first:])                        # of the semantic layers
     torch.manual_seed(seed)
     generator = Generator(image_size, layer.weight.flatten(1), mean, std).to(device, memory_format=torch.channels_last)
     centroids = Centroids(num_classes, len(channel_weight)).to(device)
@@ -348,7 +361,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
                         with autocast():
                             batches.append(generator(z, labels))
                             teacher_logits, _, _, inputs = teacher_forward(teacher, layer, batches[-1])
-                        centroids.update(*semantic_statistics(inputs[first:], units[first:]), labels,
+                        centroids.update(*semantic_statistics(*image_statistics(inputs), units), labels,
                                          teacher_logits.argmax(1) == labels)
                         student(batches[-1])
                 freeze(student)
@@ -365,10 +378,11 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
 
             # 3. Generator step: L_G = L_CE + a L_BNS + b L_SFDA, through the frozen teacher.
             loss_ce = F.cross_entropy(teacher_logits, labels)
-            loss_bns = batch_norm_loss(inputs, running_means, running_vars, units)
+            means, variances = image_statistics(inputs)                                 # of all layers
+            loss_bns = batch_norm_loss(means, variances, *constants)
             loss, losses = loss_ce + bns_weight * loss_bns, {"L_CE": loss_ce.detach(), "L_BNS": loss_bns.detach()}
             if sfda and step >= warm_iterations:
-                statistics = semantic_statistics(inputs[first:], units[first:])         # m, v: (B, C) each
+                statistics = semantic_statistics(means, variances, units)               # m, v: (B, C) each
                 targets = [centroids.means[labels], centroids.variances[labels]]
                 seen = centroids.seen[labels]                                           # (B,)
                 if variance and not fresh_noise:
@@ -610,9 +624,10 @@ def load_teacher(args, model, published):
         raise BadInput(f"no weights are published for --arch {args.arch} on {args.dataset}: give --weights FILE")
     else:
         try:
-            model.load_state_dict(published.get_state_dict(progress=True, check_hash=True) if published else
-                                  torch.hub.load_state_dict_from_url(
-                                      CIFAR_WEIGHTS[args.dataset], map_location="cpu", check_hash=True, weights_only=True))
+            state = (models.get_model(args.arch, weights=published).state_dict() if published else  # some rename their keys
+                     torch.hub.load_state_dict_from_url(
+                         CIFAR_WEIGHTS[args.dataset], map_location="cpu", check_hash=True, weights_only=True))
+            model.load_state_dict(state, strict=not published)  # a published GoogLeNet has no auxiliary heads
         except (OSError, RuntimeError) as error:
             raise BadInput(f"the weights of {args.arch} could not be fetched ({first_line(error)}): "
                            "--weights FILE takes a state dict that you have") from error
@@ -645,7 +660,9 @@ def load_weights(model, file, arch, dataset):
         what = ", ".join(f"{len(keys)} {name} (first {keys[0]})" for name, keys in
                          (("keys missing", missing), ("unexpected", unexpected), ("of another shape", other)) if keys)
         raise BadInput(f"--weights {file} does not fit --arch {arch}: {what}")
-    model.load_state_dict(state, strict=False)
+    complete = model.state_dict()  # which knows the versions of its modules
+    complete.update(state)
+    model.load_state_dict(complete, strict=False)
 
 
 def find_classifier(model, num_classes, name=None):
@@ -666,16 +683,19 @@ def find_classifier(model, num_classes, name=None):
 def prepare_teacher(teacher, image_size, num_classes, channels, classifier, device):
     """(teacher, classifier, norms): a frozen copy of the teacher, its last layer, its BatchNorm2d layers in the order in
     which they run. Tried on noise; raises BadInput if it cannot be used."""
-    teacher = copy_without_hooks(teacher).eval().requires_grad_(False)
+    try:
+        teacher = copy_without_hooks(teacher).float().eval().requires_grad_(False)
+    except RuntimeError as error:
+        raise BadInput(f"the teacher cannot be copied ({first_line(error)}): undo weight normalisation or pruning first") from error
     teacher.to(device, memory_format=torch.channels_last)
     layer = find_classifier(teacher, num_classes, classifier)
     with torch.no_grad():
         noise = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
         try:
             logits, features, norms, _ = teacher_forward(teacher, layer, noise)
-        except (RuntimeError, IndexError, ValueError) as error:
+        except (RuntimeError, IndexError, ValueError, AttributeError, TypeError) as error:
             raise BadInput(f"the teacher cannot be run on {image_size} x {image_size} images, or not through the layer taken for "
-                           f"its classifier ({first_line(error)}): check image_size and classifier") from error
+                           f"its classifier, or gives no tensor ({first_line(error)}): check image_size and classifier") from error
         if not norms:
             raise BadInput("the teacher has no batch norm with running statistics, which the method needs")
         if tuple(logits.shape) != (2, num_classes):
@@ -939,8 +959,8 @@ class Run:
         """figures: NAME_top1, in percent, if there is a way to measure it. Leaves the random numbers as they are."""
         begun = time.monotonic()
         if self.evaluate is not None:
-            with torch.random.fork_rng(devices=[]):
-                self.figures[f"{name}_top1"] = self.evaluate(self.teacher if name == "fp" else self.student)
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                self.figures[f"{name}_top1"] = float(self.evaluate(self.teacher if name == "fp" else self.student))
         if name != "fp":
             self.figures[f"{name}_agreement"], self.figures["recognised"] = self.agreement()
         if name == "ptq":  # the only one within the loop, whose seconds are those of the iterations
@@ -985,12 +1005,12 @@ class Run:
             utils.save_image(pixels, path, nrow=columns, format="png")
 
     def save(self):
+        self.saved = now = time.monotonic()
         if self.out is None:
             return
-        now = time.monotonic()
         state = {"settings": self.settings, "step": self.step, "seconds": self.seconds + now - self.start,
                  "figures": self.figures, "rows": self.rows, "rng": torch.get_rng_state(),
-                 "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                 "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
                  **{name: part.state_dict() for name, part in self.parts.items()}}
         with atomically(self.out / "checkpoint.pt") as path:
             torch.save(state, path)
@@ -998,7 +1018,6 @@ class Run:
             writer = csv.DictWriter(file, list(self.rows[-1]) if self.rows else ["step"], restval="")
             writer.writeheader()
             writer.writerows(self.rows)
-        self.saved = time.monotonic()
 
     def load(self):
         """Go on from checkpoint.pt. Raises BadInput if it cannot be read or was made with other settings."""
@@ -1020,8 +1039,8 @@ class Run:
                                "start without --resume") from error
         self.step, self.seconds, self.figures, self.rows = (state[key] for key in ("step", "seconds", "figures", "rows"))
         torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda" and state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
 
     def set_aside(self):
         """Move the files of an earlier run in this folder into a folder of their own: nothing computed is ever lost."""
@@ -1148,12 +1167,12 @@ def command_line(parser, argv):
         if getattr(args, name) is None:
             setattr(args, name, default)
     out = args.out or os.path.join("out", f"{METHOD.lower()}-{args.arch}-w{args.w_bits}a{args.a_bits}-seed{args.seed}")
-    check_folder(out, args.resume)
     model, image_size, mean, std, preprocess, published = build_teacher(args.arch, args.dataset)
     options = {name: getattr(args, name, default) for name, default in defaults.items()} | dict(
         image_size=image_size, num_classes=num_classes, w_bits=args.w_bits, a_bits=args.a_bits, mean=mean, std=std,
         iterations=args.iterations, batch_size=args.batch_size, out=out, about={"arch": args.arch, "dataset": args.dataset})
     check_settings(options)
+    check_folder(out, args.resume)
     device, _ = choose_device(args.device, args.precision)
     images, teacher = load_images(args, preprocess), load_teacher(args, model, published)
     options["evaluate"] = None if images is None else lambda model: top1(model, images, device)

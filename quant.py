@@ -82,11 +82,12 @@ class _Quantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, zero_point, quant_min, quant_max, dequantize):
-        q = (x * (1 / scale)).round_().add_(zero_point)
+        inverse = 1 / scale
+        q = (x * inverse).round_().add_(zero_point)
         clipped = q.clamp(quant_min, quant_max)
         if ctx.needs_input_grad[0]:
             kept = q.eq_(clipped)  # as numbers: Booleans are several times slower on a CPU
-            ctx.save_for_backward(kept if dequantize else kept.mul_(1 / scale))
+            ctx.save_for_backward(kept if dequantize else kept.mul_(inverse))
         steps = clipped.sub_(zero_point)
         return steps.mul_(scale) if dequantize else steps
 
@@ -156,10 +157,9 @@ class InputQuantizer(nn.Module):
     def observe(self, x, call, network_input):
         """Moving average, momentum 0.1, of each batch's calculate_range."""
         bits = self.input_bits if network_input else self.default_bits
+        low, high = (value[0] for value in calculate_range(x.reshape(1, -1), bits, self.symmetric))
         if network_input and self.input_range is not None:
-            low, high = (x.new_tensor(value) for value in self.input_range)
-        else:
-            low, high = (value[0] for value in calculate_range(x.reshape(1, -1), bits, self.symmetric))
+            low, high = low.clamp(max=self.input_range[0]), high.clamp(min=self.input_range[1])
         if call == len(self.bits):
             self.bits.append(bits)
             self.min_val, self.max_val = torch.cat([self.min_val, low[None]]), torch.cat([self.max_val, high[None]])
@@ -215,7 +215,7 @@ class QuantLinear(nn.Linear):
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d that uses and keeps its running statistics, whatever `train()` says: synthetic images must not
-    replace what the network remembers of its real data. Weight and bias learn."""
+    replace what the network remembers of its real data. Weight and bias learn. Made by quantize_model."""
 
     def train(self, mode=True):
         return super().train(False)
@@ -248,8 +248,8 @@ def quantize_model(model, w_bits, a_bits, symmetric=False, input_bits=8, input_r
     """Copy of `model` in which each Conv2d is a QuantConv2d and each Linear a QuantLinear; `model` is not changed.
 
     w_bits, a_bits: 2 to 8. symmetric: signed codes, zero point 0, for weights and activations. input_bits: bits of the
-    network's own input (images are 8-bit data), that is of the first layer that runs. input_range: (min, max) of that
-    input where it is known, else it is observed like every other. The copy is in evaluation mode, its parameters
+    network's own input (images are 8-bit data), that is of the first layer that runs. input_range: (min, max) that this
+    input has in any case, which is widened to what is observed (a model may normalise within itself). The copy is in evaluation mode, its parameters
     learn, the grids of its weights are those of calculate_range for the weights of `model` and stay, its batch norm stays
     in evaluation mode for good, and it has no activation ranges yet: see observe, freeze.
     Raises ValueError for other bits, TypeError for a layer with a forward of its own.
@@ -261,10 +261,12 @@ def quantize_model(model, w_bits, a_bits, symmetric=False, input_bits=8, input_r
     student.calls_so_far = Counter()
     for name, module in list(student.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
-            module.__class__ = FrozenBatchNorm2d
+            kind = type(module)  # a subclass keeps its forward, which may hold an activation
+            module.__class__ = FrozenBatchNorm2d if kind is nn.BatchNorm2d else type(kind.__name__, (FrozenBatchNorm2d, kind), {})
         elif isinstance(module, (nn.Conv2d, nn.Linear)):
             kind, quantized = (nn.Conv2d, QuantConv2d) if isinstance(module, nn.Conv2d) else (nn.Linear, QuantLinear)
-            if type(module).forward not in (kind.forward, quantized.forward):
+            own = getattr(type(module), "_conv_forward", None) is not getattr(kind, "_conv_forward", None)
+            if own or type(module).forward not in (kind.forward, quantized.forward):
                 raise TypeError(f"cannot quantize layer '{name}': {type(module).__name__} has a forward of its own")
             # The class changes in place, so every place that holds the layer, and every shared weight, stays shared.
             module.__class__ = quantized
@@ -370,20 +372,25 @@ def quant_layers(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, (QuantConv2d, QuantLinear))}
 
 
-def is_quantizer_state(key):
-    """Whether a state dict's key is one of those that quantize_model adds to a model."""
-    return ".input_quantizer." in "." + key or key.endswith(("weight_scale", "weight_zero_point"))
+def quantizer_keys(model):
+    """The state dict's keys that quantize_model adds to a model."""
+    added = ["weight_scale", "weight_zero_point"] + ["input_quantizer." + key for key in (
+        "min_val", "max_val", "scale", "zero_point", "_extra_state")]
+    return {f"{name}.{key}".lstrip(".") for name in quant_layers(model) for key in added}
 
 
 def pack(model):
     """The quantized model as integers: a dict of tensors, numbers and strings for torch.save (weights_only=True).
 
     "layers": for each layer its weight's codes (w_bits each, eight codes in w_bits bytes), shape, bits, scale (C,) and
-    zero_point (C,), and its input's bits, scale and zero_point (calls,). "rest": everything else, in float.
+    zero_point (C,), and its input's bits, scale and zero_point (calls,). "rest": everything else, in float, also a layer
+    that never ran itself (an auxiliary head, one of which only the weight is used), as it is not quantized then.
     """
-    layers, packed_tensors = {}, set()
+    layers, packed_tensors, added = {}, set(), quantizer_keys(model)
     with torch.no_grad():
         for name, layer in quant_layers(model).items():
+            if not layer.input_quantizer.bits:
+                continue
             scale, zero_point, quant_min, _ = weight_qparams(layer)
             codes = integer_weight(layer).to(torch.int32) + broadcast_along(zero_point, layer.weight, 0)
             quantizer = layer.input_quantizer
@@ -394,7 +401,7 @@ def pack(model):
                 "input_scale": quantizer.scale.cpu().clone(), "input_zero_point": quantizer.zero_point.cpu().clone()}
             packed_tensors.add(layer.weight.data_ptr())
     rest = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()
-            if torch.is_tensor(value) and not is_quantizer_state(key) and not
+            if torch.is_tensor(value) and key not in added and not
             (value.numel() and value.data_ptr() in packed_tensors)}
     return {"layers": layers, "rest": rest}
 
@@ -407,20 +414,22 @@ def unpack(packed, model):
     layers, rest = packed["layers"], packed["rest"]
     some = next(iter(layers.values()), {"bits": 8, "symmetric": False})
     student = quantize_model(model, some["bits"], 8, some["symmetric"])
-    found = {name: list(layer.weight.shape) for name, layer in quant_layers(student).items()}
+    quantized, state = quant_layers(student), student.state_dict()
+    found = {name: list(quantized[name].weight.shape) for name in layers if name in quantized}
     if found != {name: layer["shape"] for name, layer in layers.items()}:
         raise ValueError(f"the packed student is of another architecture: {len(layers)} layers with "
                          f"{sum(1 for name in layers if layers[name]['shape'] == found.get(name))} in common")
-    incompatible = student.load_state_dict(rest, strict=False)
-    own = {key for key in student.state_dict() if is_quantizer_state(key)}
-    weights = {key for key, _ in student.named_parameters(remove_duplicate=False)} - set(rest)
-    missing = set(incompatible.missing_keys) - own - weights
-    if missing or incompatible.unexpected_keys:
-        raise ValueError(f"the packed student is of another architecture: {len(missing)} missing and "
-                         f"{len(incompatible.unexpected_keys)} unexpected entries")
+    own, weights = quantizer_keys(student), {quantized[name].weight.data_ptr() for name in layers}
+    expected = {key for key, value in state.items() if torch.is_tensor(value) and key not in own and not
+                (value.numel() and value.data_ptr() in weights)}
+    if expected != set(rest):
+        raise ValueError(f"the packed student is of another architecture: {len(expected - set(rest))} missing and "
+                         f"{len(set(rest) - expected)} unexpected entries")
+    state.update(rest)
+    student.load_state_dict(state)
     with torch.no_grad():
-        for name, layer in quant_layers(student).items():
-            data, device = layers[name], layer.weight.device
+        for name, data in layers.items():
+            layer, device = quantized[name], quantized[name].weight.device
             layer.w_bits, layer.symmetric = data["bits"], data["symmetric"]
             quant_min, _ = quant_bounds(layer.w_bits, layer.symmetric)
             codes = unpack_bits(data["codes"], layer.w_bits, layer.weight.numel()).view(data["shape"])

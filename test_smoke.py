@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Everything that must hold, in a few minutes on two cores and without a download: `python -m pytest -q`."""
+import argparse
 import copy
 import inspect
 import io
@@ -310,8 +311,55 @@ def test_a_layer_with_its_own_forward_is_refused():
     class Standardized(nn.Conv2d):
         def forward(self, x):
             return F.conv2d(x, self.weight / self.weight.std())
-    with pytest.raises(TypeError, match="'0'"):
-        quant.quantize_model(nn.Sequential(Standardized(3, 3, 1)), 4, 4)
+
+    class Deeper(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(x, weight / weight.std(), bias)
+    for kind in (Standardized, Deeper):
+        with pytest.raises(TypeError, match="'0'"):
+            quant.quantize_model(nn.Sequential(kind(3, 3, 1)), 4, 4)
+
+
+def test_a_batch_norm_with_its_own_forward_keeps_it():
+    class WithActivation(nn.BatchNorm2d):
+        def forward(self, x):
+            return F.relu(super().forward(x))
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), WithActivation(8), nn.Conv2d(8, 8, 3)).eval(), torch.randn(8, 3, 16, 16)
+    student = copy.deepcopy(calibrated(model, bits=(8, 8))).train()
+    assert not student[1].training and (student(x) - model(x)).abs().max() < 0.03 * model(x).abs().max()
+    assert torch.equal(quant.unpack(quant.pack(student), model)(x), student(x))
+
+
+def test_input_range_is_widened_to_what_is_observed():
+    """Pixels reach the first layer in another range where a model normalises them itself."""
+    for scale, expected in ((0.01, (0, 1)), (4, (-4, 4))):
+        student = quant.quantize_model(nn.Sequential(nn.Conv2d(3, 2, 1)), 4, 4, input_range=(0, 1))
+        quant.observe(student)(torch.linspace(-scale, scale, 48).view(1, 3, 4, 4).clamp(min=-scale if scale > 1 else 0))
+        quantizer = quant.freeze(student)[0].input_quantizer
+        assert (quantizer.min_val.item(), quantizer.max_val.item()) == expected
+
+
+class Attention(nn.Module):
+    """One layer is used through its weight alone, and a parameter has the name of a quantizer's."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+        self.attention, self.weight_scale = nn.MultiheadAttention(8, 2, batch_first=True), nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2) * self.weight_scale
+        return self.head(self.attention(x, x, x)[0].mean(1))
+
+
+@pytest.mark.parametrize("kind", (Attention, lambda: models.mnasnet0_5(weights=None)))  # MNASNet's modules have versions
+def test_packed_student_is_exact_whatever_its_layers_are_used_for(kind):
+    model, x = kind().eval(), torch.randn(2, 3, 32, 32)
+    student = calibrated(model, bits=(2, 4), size=32)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.mul_(1.1)
+    assert torch.equal(quant.unpack(quant.pack(student), model)(x), student(x))
 
 
 @pytest.mark.parametrize("symmetric", (False, True))
@@ -398,19 +446,26 @@ def test_label_angles():
     assert torch.allclose(angles, torch.tensor([0.0, 45.0, 180.0, 90.0]), atol=0.1)
 
 
-def test_batch_norm_loss_against_numpy():
-    h = [torch.randn(4, 3, 5, 5) * 2 + 1, torch.randn(4, 6, 2, 2)]
-    mu, var = [torch.randn(3), torch.randn(6)], [torch.rand(3), torch.rand(6)]
-    expected = np.mean([((x.numpy().mean((0, 2, 3)) - m.numpy()) ** 2).mean() + ((x.numpy().var((0, 2, 3)) - v.numpy()) ** 2).mean()
-                        for x, m, v in zip(h, mu, var)])
-    assert np.isclose(lrq.batch_norm_loss(h, mu, var).item(), expected, rtol=1e-5)
+def test_batch_norm_loss_against_numpy(script):
+    h, norms = [torch.randn(4, 3, 5, 5) * 2 + 1, torch.randn(4, 6, 2, 2)], [nn.BatchNorm2d(3), nn.BatchNorm2d(6)]
+    for norm in norms:
+        norm.running_mean.normal_()
+        norm.running_var.uniform_()
+    mu, var, own, weight = script.layer_constants(norms)
+    for units in (torch.ones(9), own):                                                  # as published, and ours
+        layers = []
+        for x, norm, s in zip(h, norms, (units[0].item(), units[8].item())):
+            m, v = norm.running_mean.numpy(), norm.running_var.numpy()
+            assert s == 1 or np.isclose(s ** 2, v.mean())
+            layers.append((((x.numpy().mean((0, 2, 3)) - m) / s) ** 2).mean() + (((x.numpy().var((0, 2, 3)) - v) / s ** 2) ** 2).mean())
+        loss = script.batch_norm_loss(*script.image_statistics(h), mu, var, units, weight)
+        assert np.isclose(loss.item(), np.mean(layers), rtol=1e-5)
 
 
-@pytest.mark.parametrize("dims", ((0, 2, 3), (2, 3)))
-def test_mean_and_variance_are_those_of_torch_and_so_are_their_gradients(dims, script):
+def test_mean_and_variance_are_those_of_torch_and_so_are_their_gradients(script):
     h = (torch.randn(4, 5, 6, 7) * 3 + 10).requires_grad_()
     weights, grads = None, []
-    for mean, var in (script.MeanVariance.apply(h, dims), torch.var_mean(h.double(), dims, unbiased=False)[::-1]):
+    for mean, var in (script.MeanVariance.apply(h), torch.var_mean(h.double(), (2, 3), unbiased=False)[::-1]):
         weights = weights or (torch.randn_like(mean), torch.randn_like(var))
         grads.append((mean, var, *torch.autograd.grad((mean * weights[0]).sum() + (var * weights[1]).sum(), h)))
     for own, of_torch in zip(*grads):
@@ -440,9 +495,9 @@ def test_generator_losses_train_every_parameter_of_the_generator(loss, num_class
     if loss == "ama":
         value = F.cross_entropy(lrq.ama_logits(features, teacher.head.weight, teacher.head.bias, labels, 0.2), labels)
     elif loss == "bns":
-        value = lrq.batch_norm_loss(inputs, [l.running_mean for l in norms], [l.running_var for l in norms])
+        value = lrq.batch_norm_loss(*lrq.image_statistics(inputs), *lrq.layer_constants(norms))
     else:
-        means, variances = clusterq.semantic_statistics(inputs, [1.0])
+        means, variances = clusterq.image_statistics(inputs)
         value = clusterq.sfda_loss(means, variances, torch.randn(8, 8), torch.rand(8, 8), torch.full((8,), 1 / 8), labels >= 0)
     value.backward()
     dead = [name for name, p in generator.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
@@ -505,7 +560,16 @@ def test_generator_has_a_long_range_only_with_attention():
 def statistics_of(*shapes):
     inputs = [torch.randn(shape) * 2 + 1 for shape in shapes]
     weight = torch.cat([torch.full((shape[1],), 1 / shape[1] / len(shapes)) for shape in shapes])
-    return inputs, weight, clusterq.semantic_statistics(inputs, [1.0] * len(shapes))
+    return inputs, weight, clusterq.image_statistics(inputs)
+
+
+def test_semantic_statistics_are_those_of_the_last_layers_in_their_units():
+    _, _, (means, variances) = statistics_of((4, 3, 5, 5), (4, 6, 2, 2))
+    m, v = clusterq.semantic_statistics(means, variances, torch.tensor([2.0] * 4 + [0.5] * 2))
+    for column, unit in ((0, 2), (5, 0.5)):
+        assert torch.allclose(m[:, column], means[:, 3 + column] / unit)
+        assert torch.allclose(v[:, column], variances[:, 3 + column] / unit ** 2)
+    assert m.shape == v.shape == (4, 6)
 
 
 def test_alignment_loss_against_numpy():
@@ -524,7 +588,7 @@ def test_alignment_loss_against_numpy():
 def test_alignment_pulls_towards_the_centroid_and_rests_on_it():
     inputs, weight, _ = statistics_of((4, 3, 5, 5), (4, 6, 2, 2))
     inputs = [h.requires_grad_() for h in inputs]
-    means, variances = clusterq.semantic_statistics(inputs, [1.0, 1.0])
+    means, variances = clusterq.image_statistics(inputs)
     seen = torch.ones(4, dtype=torch.bool)
     clusterq.sfda_loss(means, variances, means.detach(), variances.detach(), weight, seen).backward(retain_graph=True)
     assert all((h.grad == 0).all() for h in inputs)
@@ -703,6 +767,23 @@ def test_resume_may_bring_the_images_to_measure_on(teacher, tmp_path, capsys, sc
     assert "nan" not in capsys.readouterr().out.splitlines()[-1]
 
 
+@pytest.mark.parametrize("value", (torch.tensor(50.0), np.float32(50)))
+def test_an_accuracy_may_be_a_tensor_or_a_number_of_numpy(value, teacher, tmp_path, script):
+    for resume in (False, True):
+        _, result = script.quantize(teacher, **SMALL, iterations=2, out=tmp_path, resume=resume, evaluate=lambda model: value)
+        assert result["fp_top1"] == result["ptq_top1"] == result["q_top1"] == 50
+
+
+def test_a_teacher_that_normalises_its_images_itself(teacher, script):
+    """Then its first layer's input has another range than pixels, to which it must not be clipped."""
+    model = nn.Sequential(nn.BatchNorm2d(3, affine=False), teacher).eval()
+    model[0].running_mean.fill_(0.5)
+    model[0].running_var.fill_(0.25 ** 2)
+    student, _ = script.quantize(model, **{**SMALL, "mean": (0.0,) * 3, "std": (1.0,) * 3, "w_bits": 8, "a_bits": 8}, iterations=2)
+    ranges = student[1].stem.input_quantizer
+    assert ranges.bits == [8] and ranges.min_val < -1 and ranges.max_val > 1
+
+
 def test_seconds_are_those_of_the_iterations_alone(teacher, script, monkeypatch):
     clock, measured = time.monotonic, []
     monkeypatch.setattr(time, "monotonic", lambda: clock() + 10000 * len(measured))  # as if measuring took hours
@@ -787,14 +868,18 @@ def test_a_teacher_that_gives_nan_or_has_no_batch_norm_is_refused(teacher, scrip
 
 
 @pytest.mark.parametrize("off", (dict(sfda=False), dict(variance=False), dict(ema=False), dict(fresh_noise=True)))
-def test_every_part_of_clusterq_changes_the_student(teacher, off):
+def test_every_part_of_clusterq_changes_the_student(teacher, off, monkeypatch):
+    monkeypatch.setattr(clusterq, "intra_class_noise", torch.full_like)  # draws nothing: the random numbers stay the same
     whole, part = (clusterq.quantize(teacher, **SMALL, iterations=6, **options)[0] for options in ({}, off))
     assert not same(state_bytes(whole), state_bytes(part))
 
 
-@pytest.mark.parametrize("off", (dict(lka=False), dict(margin=0.3), dict(kd="kl")))
-def test_every_part_of_lrq_changes_the_student(teacher, off):
-    whole, part = (lrq.quantize(teacher, **SMALL, iterations=6, **options)[0] for options in ({}, off))
+@pytest.mark.parametrize("off", ("attention", dict(margin=0.3), dict(kd="kl")))
+def test_every_part_of_lrq_changes_the_student(teacher, off, monkeypatch):
+    whole, _ = lrq.quantize(teacher, **SMALL, iterations=6)
+    if off == "attention":  # still there, so that the random numbers stay the same, but without effect
+        monkeypatch.setattr(lrq.LargeKernelAttention, "forward", lambda self, x: x)
+    part, _ = lrq.quantize(teacher, **SMALL, iterations=6, **({} if off == "attention" else off))
     assert not same(state_bytes(whole), state_bytes(part))
 
 
@@ -853,7 +938,7 @@ def made(tmp_path_factory):
 RESNET20 = "--arch resnet20 --weights {0}/resnet20.pt --iterations 4 --batch-size 4 --device cpu"
 BAD_INPUT = (
     ("--arch resnet81", "resnet18"), ("--arch resnet18 --weights {0}/none.pt", "none.pt"),
-    ("--arch vit_b_16 --weights {0}/none.pt", "batch norm"), ("--w 9", "--w 9"), ("--a 1", "--a 1"), ("--w four", "--w"),
+    ("--arch vit_b_16 --weights {0}/none.pt", "batch norm"), ("--w 9", "--w 9"), ("--a 1", "--a 1"), ("--w four", "--w: invalid int value: 'four'"),
     ("--arch resnet20 --weights {0}/text.pt", "text.pt"), ("--arch resnet20 --weights {0}/pickled.pt", "pickled.pt"),
     ("--arch resnet20 --weights {0}", "--weights"), ("--arch resnet20 --weights {0}/resnet18.pt", "conv1.weight"),
     ("--arch resnet18 --weights {0}/resnet20.pt", "keys missing"),
@@ -885,6 +970,18 @@ def test_bad_input_is_one_clear_line(arguments, message, made, monkeypatch, caps
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith(f"{script.__name__}.py: ") and error.count("\n") == 1, error
     assert message.format(made) in error
+
+
+def test_published_weights_are_read_as_torchvision_reads_them(monkeypatch, script):
+    """Those of DenseNet have names that its constructor mends."""
+    expected = models.densenet121().state_dict()
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", key): value for key, value in expected.items()
+           if not key.endswith("num_batches_tracked")}
+    assert old.keys() != expected.keys()
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *args, **kwargs: dict(old))
+    model, *_, published = script.build_teacher("densenet121", "imagenet")
+    args = argparse.Namespace(arch="densenet121", dataset="imagenet", weights=None)
+    assert same(script.load_teacher(args, model, published).state_dict(), expected)
 
 
 def test_weights_that_cannot_be_fetched_are_said_so(made, monkeypatch, capsys, script):
@@ -1000,7 +1097,8 @@ def test_plumbing_of_the_two_scripts_is_the_same_byte_for_byte():
     assert one == other and len(one) > 10000
 
 
-@pytest.mark.parametrize("name", ("class_codes", "upsampled", "MeanVariance", "batch_norm_loss", "kd_loss", "teacher_forward"))
+@pytest.mark.parametrize("name", ("class_codes", "upsampled", "MeanVariance", "image_statistics",
+                         "layer_constants", "batch_norm_loss", "kd_loss", "teacher_forward"))
 def test_what_both_methods_define_is_the_same(name):
     assert inspect.getsource(getattr(lrq, name)) == inspect.getsource(getattr(clusterq, name))
 
