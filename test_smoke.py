@@ -1010,7 +1010,7 @@ def test_a_whole_run_of_the_command(made, monkeypatch, capsys, script):
     result = json.loads((run / "result.json").read_text())
     assert result["w_bits"] == 4 and result["q_mb"] < result["fp_mb"] / 4 and result["seed"] == 0 and result["arch"] == "resnet20"
     rows = (run / "log.csv").read_text().splitlines()
-    assert rows[0] == {lrq: "step,L_AMA,L_BNS,L_CE,L_DKD", clusterq: "step,L_CE,L_BNS,L_SFDA,L_QCE,L_KL"}[script] and len(rows) == 5 and "nan" not in "".join(rows)
+    assert rows[0] == {lrq: "step,L_AMA,L_BNS,L_QCE,L_DKD", clusterq: "step,L_CE,L_BNS,L_SFDA,L_QCE,L_KL"}[script] and len(rows) == 5 and "nan" not in "".join(rows)
     assert Image.open(run / "samples.png").size == (8 * 34 + 2, 10 * 34 + 2)
 
     command(script, f"--evaluate {run}/student.pt --data {made}/images", made, monkeypatch)
