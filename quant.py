@@ -249,9 +249,9 @@ def quantize_model(model, w_bits, a_bits, symmetric=False, input_bits=8, input_r
 
     w_bits, a_bits: 2 to 8. symmetric: signed codes, zero point 0, for weights and activations. input_bits: bits of the
     network's own input (images are 8-bit data), that is of the first layer that runs. input_range: (min, max) that this
-    input has in any case, which is widened to what is observed (a model may normalise within itself). The copy is in evaluation mode, its parameters
-    learn, the grids of its weights are those of calculate_range for the weights of `model` and stay, its batch norm stays
-    in evaluation mode for good, and it has no activation ranges yet: see observe, freeze.
+    input has in any case, which is widened to what is observed (a model may normalise within itself). The copy is in
+    evaluation mode, its parameters learn, the grids of its weights are those of calculate_range for the weights of `model`
+    and stay, its batch norm stays in evaluation mode for good, and it has no activation ranges yet: see observe, freeze.
     Raises ValueError for other bits, TypeError for a layer with a forward of its own.
     """
     for bits in (w_bits, a_bits, input_bits):
@@ -260,14 +260,15 @@ def quantize_model(model, w_bits, a_bits, symmetric=False, input_bits=8, input_r
     student = copy_without_hooks(model).requires_grad_(True).eval()
     student.calls_so_far = Counter()
     for name, module in list(student.named_modules()):
-        if isinstance(module, nn.BatchNorm2d):
-            kind = type(module)  # a subclass keeps its forward, which may hold an activation
+        kind = type(module)
+        if isinstance(module, nn.BatchNorm2d) and not isinstance(module, FrozenBatchNorm2d):
+            # A subclass keeps its forward, which may hold an activation.
             module.__class__ = FrozenBatchNorm2d if kind is nn.BatchNorm2d else type(kind.__name__, (FrozenBatchNorm2d, kind), {})
         elif isinstance(module, (nn.Conv2d, nn.Linear)):
-            kind, quantized = (nn.Conv2d, QuantConv2d) if isinstance(module, nn.Conv2d) else (nn.Linear, QuantLinear)
-            own = getattr(type(module), "_conv_forward", None) is not getattr(kind, "_conv_forward", None)
-            if own or type(module).forward not in (kind.forward, quantized.forward):
-                raise TypeError(f"cannot quantize layer '{name}': {type(module).__name__} has a forward of its own")
+            base, quantized = (nn.Conv2d, QuantConv2d) if isinstance(module, nn.Conv2d) else (nn.Linear, QuantLinear)
+            own = getattr(kind, "_conv_forward", None) is not getattr(base, "_conv_forward", None)
+            if own or kind.forward not in (base.forward, quantized.forward):
+                raise TypeError(f"cannot quantize layer '{name}': {kind.__name__} has a forward of its own")
             # The class changes in place, so every place that holds the layer, and every shared weight, stays shared.
             module.__class__ = quantized
             module.w_bits, module.symmetric = w_bits, symmetric

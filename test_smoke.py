@@ -327,6 +327,7 @@ def test_a_batch_norm_with_its_own_forward_keeps_it():
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3), WithActivation(8), nn.Conv2d(8, 8, 3)).eval(), torch.randn(8, 3, 16, 16)
     student = copy.deepcopy(calibrated(model, bits=(8, 8))).train()
     assert not student[1].training and (student(x) - model(x)).abs().max() < 0.03 * model(x).abs().max()
+    assert torch.equal(quant.quantize_model(student, 8, 8).state_dict()["1.weight"], student[1].weight)  # a student as teacher
     assert torch.equal(quant.unpack(quant.pack(student), model)(x), student(x))
 
 
