@@ -324,7 +324,8 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     by itself if None. resume: go on from the checkpoint in `out`. about: further settings to record in the files.
     The rest are the flags of the same names (`python clusterq.py --help`). The student is in evaluation mode, ready to
     use or to train on; `quant.pack` gives its integers. The result is the dict that result.json holds.
-    Raises BadInput, a ValueError, for settings or a teacher that cannot be used, before any long work.
+    Raises BadInput, a ValueError, for settings or a teacher that cannot be used, before any long work (and quantize_model's
+    TypeError). It seeds torch's random numbers.
     """
     settings = check_settings(locals())
     mean, std = settings["mean"], settings["std"]
@@ -700,7 +701,8 @@ def prepare_teacher(teacher, image_size, num_classes, channels, classifier, devi
             raise BadInput(f"the teacher cannot be run on {image_size} x {image_size} images, or not through the layer taken for "
                            f"its classifier, or gives no tensor ({first_line(error)}): check image_size and classifier") from error
         if not norms:
-            raise BadInput("the teacher has no batch norm with running statistics, which the method needs")
+            raise BadInput("the teacher has no BatchNorm2d with running statistics, which the method needs: of another kind, such "
+                           "as SyncBatchNorm, convert it first")
         if tuple(logits.shape) != (2, num_classes):
             raise BadInput(f"the teacher gives outputs of shape {tuple(logits.shape)} for two images, not (2, {num_classes}): "
                            "check num_classes")

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torchvision import models
 
 import clusterq
@@ -864,8 +865,27 @@ def test_a_teacher_that_gives_nan_or_has_no_batch_norm_is_refused(teacher, scrip
     with pytest.raises(script.BadInput, match="NaN"):
         script.quantize(teacher, **SMALL, iterations=4)
     plain = nn.Sequential(nn.Conv2d(3, 7, 16), nn.Flatten(), nn.Linear(7, 7))
-    with pytest.raises(script.BadInput, match="batch norm"):
+    with pytest.raises(script.BadInput, match="no BatchNorm2d"):
         script.quantize(plain, **SMALL, iterations=4)
+
+
+class Several(Odd):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+def test_a_teacher_that_gives_several_outputs_or_cannot_be_copied_is_refused(teacher, script):
+    with pytest.raises(script.BadInput, match="gives no tensor"):
+        script.quantize(Several(), **SMALL, iterations=4)
+    prune.random_unstructured(teacher.twice, "weight", 0.5)
+    teacher(torch.randn(2, 3, 16, 16))
+    with pytest.raises(script.BadInput, match="cannot be copied"):
+        script.quantize(teacher, **SMALL, iterations=4)
+
+
+def test_a_teacher_in_half_precision_is_taken_in_full(teacher, script):
+    student, _ = script.quantize(teacher.to(torch.bfloat16), **SMALL, iterations=2)
+    assert student.stem.weight.dtype == torch.float32 and teacher.stem.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("off", (dict(sfda=False), dict(variance=False), dict(ema=False), dict(fresh_noise=True)))
