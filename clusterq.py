@@ -155,7 +155,7 @@ def image_statistics(inputs):
 
 
 def layer_constants(norms):
-    """Of batch norms l the (mu, var, units, channel_weight): running means mu_l and variances var_l, units s_l and weights, (C,) each.
+    """(mu, var, units, channel_weight) of the batch norms l: running means mu_l, variances var_l, units s_l, weights; (C,) each.
 
     s_l^2 = mean(var_l): measured in units of s_l, every layer counts alike, whatever the size of its values. The weight is
     1 / (L C_l), with which a sum over all channels is the mean over L layers of the mean over a layer's channels.
