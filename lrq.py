@@ -194,9 +194,9 @@ def layer_constants(norms):
     s_l^2 = mean(var_l): measured in units of s_l, every layer counts alike, whatever the size of its values. The weight is
     1 / (L C_l), with which a sum over all channels is the mean over L layers of the mean over a layer's channels.
     """
-    mu, var = (torch.cat([getattr(norm, name).float() for norm in norms]) for name in ("running_mean", "running_var"))
+    mu, var = torch.cat([norm.running_mean for norm in norms]), torch.cat([norm.running_var for norm in norms])
     widths = torch.tensor([norm.num_features for norm in norms], device=mu.device)
-    units = torch.stack([norm.running_var.float().mean().sqrt() for norm in norms])
+    units = torch.stack([norm.running_var.mean().sqrt() for norm in norms])
     return mu, var, units.repeat_interleave(widths), (1 / (len(norms) * widths)).repeat_interleave(widths)
 
 
@@ -902,7 +902,8 @@ class Run:
         iterations, self.step = self.settings["iterations"], step
         self.progress(step, losses)
         log = step % max(1, iterations // 200) == 0 or step == iterations
-        save = self.requests or step == iterations or time.monotonic() - self.saved > self.checkpoint_every
+        due = self.out is not None and time.monotonic() - self.saved > self.checkpoint_every
+        save = self.requests or step == iterations or due
         if log or save:
             row = {"step": step, **{key: float(value) for key, value in losses.items()}}
             for key, value in row.items():
@@ -967,9 +968,9 @@ class Run:
             utils.save_image(pixels, path, nrow=columns, format="png")
 
     def save(self):
-        self.saved = now = time.monotonic()
         if self.out is None:
             return
+        now = time.monotonic()
         state = {"settings": self.settings, "step": self.step, "seconds": self.seconds + now - self.start,
                  "figures": self.figures, "rows": self.rows, "rng": torch.get_rng_state(),
                  "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -980,6 +981,7 @@ class Run:
             writer = csv.DictWriter(file, list(self.rows[-1]) if self.rows else ["step"], restval="")
             writer.writeheader()
             writer.writerows(self.rows)
+        self.saved = time.monotonic()
 
     def load(self):
         """Go on from checkpoint.pt. Raises BadInput if it cannot be read or was made with other settings."""

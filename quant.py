@@ -374,10 +374,10 @@ def quant_layers(model):
 
 
 def quantizer_keys(model):
-    """The state dict's keys that quantize_model adds to a model."""
-    added = ["weight_scale", "weight_zero_point"] + ["input_quantizer." + key for key in (
-        "min_val", "max_val", "scale", "zero_point", "_extra_state")]
-    return {f"{name}.{key}".lstrip(".") for name in quant_layers(model) for key in added}
+    """The state dict's keys that quantize_model adds to a model, under each name that a layer has."""
+    return {f"{name}.{key}".lstrip(".") for name, layer in model.named_modules(remove_duplicate=False)
+            if isinstance(layer, (QuantConv2d, QuantLinear)) for key in layer.state_dict()
+            if key.startswith(("weight_scale", "weight_zero_point", "input_quantizer."))}
 
 
 def pack(model):

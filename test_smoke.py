@@ -342,11 +342,12 @@ def test_input_range_is_widened_to_what_is_observed():
 
 
 class Attention(nn.Module):
-    """One layer is used through its weight alone, and a parameter has the name of a quantizer's."""
+    """One layer is used through its weight alone, one has two names, and a parameter has the name of a quantizer's."""
 
     def __init__(self):
         super().__init__()
         self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+        self.alias = self.stem
         self.attention, self.weight_scale = nn.MultiheadAttention(8, 2, batch_first=True), nn.Parameter(torch.ones(8))
 
     def forward(self, x):
@@ -361,7 +362,8 @@ def test_packed_student_is_exact_whatever_its_layers_are_used_for(kind):
     with torch.no_grad():
         for p in student.parameters():
             p.mul_(1.1)
-    assert torch.equal(quant.unpack(quant.pack(student), model)(x), student(x))
+    packed = quant.pack(student)
+    assert torch.equal(quant.unpack(packed, model)(x), student(x)) and packed["rest"].keys() <= model.state_dict().keys()
 
 
 @pytest.mark.parametrize("symmetric", (False, True))
@@ -895,7 +897,7 @@ def test_every_part_of_clusterq_changes_the_student(teacher, off, monkeypatch):
     assert not same(state_bytes(whole), state_bytes(part))
 
 
-@pytest.mark.parametrize("off", ("attention", dict(margin=0.3), dict(kd="kl")))
+@pytest.mark.parametrize("off", ("attention", dict(lka=False), dict(margin=0.3), dict(kd="kl")))
 def test_every_part_of_lrq_changes_the_student(teacher, off, monkeypatch):
     whole, _ = lrq.quantize(teacher, **SMALL, iterations=6)
     if off == "attention":  # still there, so that the random numbers stay the same, but without effect
