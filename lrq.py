@@ -316,6 +316,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     mean, std = settings["mean"], settings["std"]
     if student_lr is None:
         student_lr = settings["student_lr"] = 3e-6 if num_classes > 100 else 1e-2 if w_bits == 2 else 3e-3
+    max_norm = 3.0 if num_classes <= 100 else 1000.0    # of the student's gradient, a few hundred with so many classes
     if bns_weight is None:
         bns_weight = settings["bns_weight"] = 1.0 if num_classes <= 100 else 100.0
     if margin is None:
@@ -376,7 +377,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
                            else kd_loss(logits, teacher_logits, temperature))
                 student_optimizer.zero_grad()
                 (loss_qce + loss_kd).backward()
-                nn.utils.clip_grad_norm_(student.parameters(), 3.0)  # else a 3-bit student can fall to chance
+                nn.utils.clip_grad_norm_(student.parameters(), max_norm)  # else a 3-bit student can fall to chance
                 student_optimizer.step()
                 losses.update({"L_QCE": loss_qce.detach(), f"L_{kd.upper()}": loss_kd.detach()})
 

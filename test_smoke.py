@@ -708,11 +708,15 @@ def test_batch_norms_are_corrected_with_activations_in_float_and_then_quantized(
     assert not torch.equal(student.bn.running_var, teacher.bn.running_var)
 
 
-@pytest.mark.parametrize("w_bits, num_classes, student_lr, bns_weight", ((3, 7, 3e-3, 1), (2, 7, 1e-2, 1), (2, 101, 3e-6, 100)))
-def test_rates_and_weights_left_out_follow_from_classes_and_bits(w_bits, num_classes, student_lr, bns_weight, teacher, script):
+@pytest.mark.parametrize("w_bits, num_classes, student_lr, bns_weight, max_norm",
+                         ((3, 7, 3e-3, 1, 3), (2, 7, 1e-2, 1, 3), (2, 101, 3e-6, 100, 1000)))
+def test_rates_and_weights_left_out_follow_from_classes_and_bits(w_bits, num_classes, student_lr, bns_weight, max_norm, teacher,
+                                                                 script, monkeypatch):
+    clipped_to, clip = [], nn.utils.clip_grad_norm_
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda parameters, norm: clipped_to.append(norm) or clip(parameters, norm))
     teacher.head = nn.Linear(12, num_classes)
     _, result = script.quantize(teacher, **{**SMALL, "w_bits": w_bits, "num_classes": num_classes}, iterations=1)
-    assert result["student_lr"] == student_lr and result["bns_weight"] == bns_weight
+    assert result["student_lr"] == student_lr and result["bns_weight"] == bns_weight and clipped_to == [max_norm]
     assert script is clusterq or result["margin"] == (-0.5 if num_classes <= 100 else 0)
 
 
