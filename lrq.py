@@ -304,16 +304,16 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
 
     teacher: any nn.Module, (B, C, S, S) -> (B, num_classes), with BatchNorm2d; it is left as it is. image_size: S, a
     multiple of 4. w_bits, a_bits: 2 to 8. mean, std: the teacher's normalisation, one number a channel, for pixels in
-    [0, 1]. evaluate: a function of a model that returns its top-1 in percent, or None. out: a folder for result.json,
+    [0, 1]. evaluate: a function of a model, on `device`, that returns its top-1 in percent, or None. out: a folder for result.json,
     student.pt, checkpoint.pt, samples.png and log.csv, or None. classifier: the name of the teacher's last layer, found
     by itself if None. resume: go on from the checkpoint in `out`. about: further settings to record in the files.
     The rest are the flags of the same names (`python lrq.py --help`). The student is in evaluation mode, ready to use
     or to train on; `quant.pack` gives its integers. The result is the dict that result.json holds.
     Raises BadInput, a ValueError, for settings or a teacher that cannot be used, before any long work (and quantize_model's
-    TypeError). It seeds torch's random numbers.
+    TypeError). It seeds torch's random numbers and sets cuDNN's flags.
     """
     settings = check_settings(locals())
-    mean, std = settings["mean"], settings["std"]
+    mean, std, generator_lr, student_lr = (settings[key] for key in ("mean", "std", "generator_lr", "student_lr"))
     if student_lr is None:
         student_lr = settings["student_lr"] = 3e-6 if num_classes > 100 else 1e-2 if w_bits == 2 else 3e-3
     max_norm = 3.0 if num_classes <= 100 else 1000.0    # of the student's gradient, a few hundred with so many classes
@@ -350,6 +350,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
                 run.measure("ptq")
                 correct_batch_norm(observe(student), teacher, batches)  # activations in float; their ranges go on moving
                 correct_batch_norm(freeze(student), teacher, batches)   # and quantized
+                del batches
 
             # 2. Draw noise and labels, and images from them.
             z, labels = draw(batch_size, num_classes, generator, device)
@@ -446,8 +447,13 @@ def check_settings(arguments):
             raise BadInput(f"{flag} {arguments[name]}: choose {choose}")
     if len(arguments["mean"]) != len(arguments["std"]):
         raise BadInput(f"mean has {len(arguments['mean'])} channels and std has {len(arguments['std'])}: give one number each")
-    return {"method": METHOD, **(arguments["about"] or {}),
-            **{key: value for key, value in arguments.items() if key not in NOT_SETTINGS}}
+    settings = {"method": METHOD, **(arguments["about"] or {}),
+                **{key: value for key, value in arguments.items() if key not in NOT_SETTINGS}}
+    try:
+        json.dumps(settings)
+    except TypeError as error:
+        raise BadInput(f"about: {error}, as result.json needs it: give strings and numbers") from error
+    return settings
 
 
 # name: (mean, std, image size, classes, default iterations, default batch size)
@@ -645,6 +651,9 @@ def find_classifier(model, num_classes, name=None):
 def prepare_teacher(teacher, image_size, num_classes, channels, classifier, device):
     """(teacher, classifier, norms): a frozen copy of the teacher, its last layer, its BatchNorm2d layers in the order in
     which they run. Tried on noise; raises BadInput if it cannot be used."""
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
+        raise BadInput("quantize trains: call it outside of torch.no_grad(), torch.inference_mode() and torch.autocast()")
+    teacher = getattr(teacher, "_orig_mod", teacher)  # of torch.compile, which would run without our hooks
     try:
         teacher = copy_without_hooks(teacher).float().eval().requires_grad_(False)
     except RuntimeError as error:
@@ -652,9 +661,10 @@ def prepare_teacher(teacher, image_size, num_classes, channels, classifier, devi
     teacher.to(device, memory_format=torch.channels_last)
     layer = find_classifier(teacher, num_classes, classifier)
     with torch.no_grad():
-        noise = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
+        noise = torch.randn(2, channels, image_size, image_size, device="cpu", generator=torch.Generator().manual_seed(0))
         try:
-            logits, features, norms, _ = teacher_forward(teacher, layer, noise)
+            logits, features, norms, _ = teacher_forward(teacher, layer, noise.to(device))
+            again = F.linear(features, layer.weight.flatten(1), layer.bias)
         except (RuntimeError, IndexError, ValueError, AttributeError, TypeError) as error:
             raise BadInput(f"the teacher cannot be run on {image_size} x {image_size} images, or not through the layer taken for "
                            f"its classifier, or gives no tensor ({first_line(error)}): check image_size and classifier") from error
@@ -666,7 +676,6 @@ def prepare_teacher(teacher, image_size, num_classes, channels, classifier, devi
                            "check num_classes")
         if not logits.isfinite().all():
             raise BadInput("the teacher gives NaN or infinite outputs for images of plain noise: check its weights")
-        again = F.linear(features, layer.weight.flatten(1), layer.bias)
         if again.shape != logits.shape or not torch.allclose(again, logits, rtol=1e-3, atol=1e-3 * logits.abs().max()):
             raise BadInput("the teacher's outputs are not those of the layer taken for its classifier: name the right one")
     return teacher, layer, norms
@@ -709,7 +718,7 @@ def load_images(args, preprocess):
                            f"{num_classes}: choose the folder or the --dataset that fits")
     workers = 0 if size < 224 else min(os.cpu_count() or 1, 16)
     return torch.utils.data.DataLoader(dataset, 250 if size < 224 else 50, num_workers=workers,
-                                       pin_memory=torch.cuda.is_available())
+                                       pin_memory=torch.cuda.is_available() and args.device != "cpu")
 
 
 def draw(batch_size, num_classes, generator, device):
@@ -948,8 +957,8 @@ class Run:
         noise, without using up random numbers."""
         count = min(1000, self.settings["iterations"] * self.settings["batch_size"])
         random = torch.Generator().manual_seed(1)
-        labels = torch.randint(self.settings["num_classes"], (count,), generator=random)
-        noise = torch.randn(count, self.generator.latent_dim, generator=random)
+        labels = torch.randint(self.settings["num_classes"], (count,), device="cpu", generator=random)
+        noise = torch.randn(count, self.generator.latent_dim, device="cpu", generator=random)
         self.generator.eval()
         for z, y in zip(noise.split(50), labels.split(50)):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings["precision"] == "bfloat16"):
@@ -963,8 +972,8 @@ class Run:
         num_classes = self.settings["num_classes"]
         rows, columns = min(num_classes, 10), 8 if self.generator.start_size <= 16 else 4
         labels = (torch.arange(rows) * num_classes // rows).repeat_interleave(columns).to(self.device)
-        z = torch.randn(len(labels), self.generator.latent_dim, generator=torch.Generator().manual_seed(0)).to(self.device)
-        pixels = self.generator.eval()(z, labels) * self.generator.std + self.generator.mean
+        z = torch.randn(len(labels), self.generator.latent_dim, device="cpu", generator=torch.Generator().manual_seed(0))
+        pixels = self.generator.eval()(z.to(self.device), labels) * self.generator.std + self.generator.mean
         with atomically(self.out / "samples.png") as path:
             utils.save_image(pixels, path, nrow=columns, format="png")
 
@@ -1103,7 +1112,8 @@ def common_flags(parser):
         "in training, never of the student's grid or of an accuracy")
     add("--out", metavar="FOLDER", help="where result.json, student.pt, checkpoint.pt, samples.png and log.csv go "
         "(default: a folder in out/ named after the settings); an earlier run there is moved aside, not lost")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out, exactly")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out, exactly (on a GPU up to the order "
+        "of its sums)")
     add("--checkpoint-every", type=float, metavar="SECONDS", help="(default: %(default)s); Ctrl-C saves one too")
     add("--evaluate", metavar="STUDENT.pt", help="train nothing: measure this packed student on --data")
 

@@ -142,6 +142,7 @@ class InputQuantizer(nn.Module):
         self.register_buffer("zero_point", torch.empty(0, dtype=torch.int32))
 
     def forward(self, x):
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # under autocast a matmul before it gives bfloat16
         network_input = not self.calls_so_far
         call = self.calls_so_far[id(self)]
         self.calls_so_far[id(self)] += 1
@@ -251,8 +252,8 @@ def quantize_model(model, w_bits, a_bits, symmetric=False, input_bits=8, input_r
     network's own input (images are 8-bit data), that is of the first layer that runs. input_range: (min, max) that this
     input has in any case, which is widened to what is observed (a model may normalise within itself). The copy is in
     evaluation mode, its parameters learn, the grids of its weights are those of calculate_range for the weights of `model`
-    and stay, its batch norm stays in evaluation mode for good, and it has no activation ranges yet: see observe, freeze.
-    Raises ValueError for other bits, TypeError for a layer with a forward of its own.
+    and stay, its BatchNorm2d layers stay in evaluation mode for good, and it has no activation ranges yet: see observe, freeze.
+    Raises ValueError for other bits, TypeError for a layer with a forward of its own or a parametrized weight.
     """
     for bits in (w_bits, a_bits, input_bits):
         quant_bounds(bits, symmetric)
@@ -266,6 +267,9 @@ def quantize_model(model, w_bits, a_bits, symmetric=False, input_bits=8, input_r
             module.__class__ = FrozenBatchNorm2d if kind is nn.BatchNorm2d else type(kind.__name__, (FrozenBatchNorm2d, kind), {})
         elif isinstance(module, (nn.Conv2d, nn.Linear)):
             base, quantized = (nn.Conv2d, QuantConv2d) if isinstance(module, nn.Conv2d) else (nn.Linear, QuantLinear)
+            if hasattr(module, "parametrizations"):
+                raise TypeError(f"cannot quantize layer '{name}': its weight is parametrized, see torch.nn.utils.parametrize."
+                                "remove_parametrizations")
             own = getattr(kind, "_conv_forward", None) is not getattr(base, "_conv_forward", None)
             if own or kind.forward not in (base.forward, quantized.forward):
                 raise TypeError(f"cannot quantize layer '{name}': {kind.__name__} has a forward of its own")
@@ -414,7 +418,7 @@ def unpack(packed, model):
     """
     layers, rest = packed["layers"], packed["rest"]
     some = next(iter(layers.values()), {"bits": 8, "symmetric": False})
-    student = quantize_model(model, some["bits"], 8, some["symmetric"])
+    student = quantize_model(copy_without_hooks(model).float(), some["bits"], 8, some["symmetric"])
     quantized, state = quant_layers(student), student.state_dict()
     found = {name: list(quantized[name].weight.shape) for name in layers if name in quantized}
     if found != {name: layer["shape"] for name, layer in layers.items()}:

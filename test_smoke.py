@@ -308,7 +308,7 @@ def test_correction_bounds_what_a_channel_without_spread_is_multiplied_by():
     assert torch.allclose(ratio, torch.tensor([1 / 16, 16]))
 
 
-def test_a_layer_with_its_own_forward_is_refused():
+def test_a_layer_with_its_own_forward_or_a_parametrized_weight_is_refused():
     class Standardized(nn.Conv2d):
         def forward(self, x):
             return F.conv2d(x, self.weight / self.weight.std())
@@ -316,9 +316,14 @@ def test_a_layer_with_its_own_forward_is_refused():
     class Deeper(nn.Conv2d):
         def _conv_forward(self, x, weight, bias):
             return super()._conv_forward(x, weight / weight.std(), bias)
-    for kind in (Standardized, Deeper):
+    for layer in (Standardized(3, 3, 1), Deeper(3, 3, 1), nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1))):
         with pytest.raises(TypeError, match="'0'"):
-            quant.quantize_model(nn.Sequential(kind(3, 3, 1)), 4, 4)
+            quant.quantize_model(nn.Sequential(layer), 4, 4)
+
+
+def test_values_that_a_matmul_under_autocast_rounded_are_quantized_in_float32():
+    student, x = calibrated(nn.Sequential(nn.Linear(16, 4))), torch.randn(64, 16).bfloat16()
+    assert torch.equal(student(x), student(x.float()))
 
 
 def test_a_batch_norm_with_its_own_forward_keeps_it():
@@ -807,7 +812,8 @@ def test_seconds_are_those_of_the_iterations_alone(teacher, script, monkeypatch)
 
 
 def test_numbers_of_numpy_and_torch_are_taken_as_numbers(teacher, tmp_path, script):
-    arguments = {**SMALL, "mean": np.full(3, 0.5), "std": torch.full((3,), 0.25), "w_bits": np.int64(3), "temperature": np.float32(4)}
+    arguments = {**SMALL, "mean": np.full(3, 0.5), "std": torch.full((3,), 0.25), "w_bits": np.int64(3), "temperature": np.float32(4),
+                 "student_lr": np.float32(0.01), "generator_lr": np.float64(0.001)}
     for resume in (False, True):
         _, result = script.quantize(teacher, **arguments, iterations=2, out=tmp_path, resume=resume)
         assert result["mean"] == [0.5] * 3 and result["std"] == [0.25] * 3 and result["temperature"] == 4
@@ -859,7 +865,7 @@ def test_resume_gives_the_same_bits_as_an_uninterrupted_run(teacher, tmp_path, s
     (dict(classifier="twice"), "classifier"), (dict(mean=(0.5,) * 4, std=(0.25,) * 4), "cannot be run"), (dict(mean=(0.5,) * 2), "mean has 2 channels"),
     (dict(mean="half"), "^mean"), (dict(num_classes="7"), "^num_classes"), (dict(warmup=None), "^--warmup"), (dict(std=(0.25, 0, 0.25)), "^std"), (dict(num_classes=1), "^num_classes"),
     (dict(w_bits=1), "2 to 8"), (dict(w_bits=4.0), "2 to 8"), (dict(iterations=1e3), "1000.0: choose a whole number"), (dict(checkpoint_every=-1), "seconds"),
-    (dict(bns_weight=float("nan")), "bns-weight"),
+    (dict(bns_weight=float("nan")), "bns-weight"), (dict(classifier="stem"), "cannot be run"), (dict(about={"made": {1, 2}}), "^about"),
     (dict(student_lr=float("inf")), "student-lr"), (dict(out="/dev/null/x"), "/dev/null/x")))
 def test_quantize_refuses_what_it_cannot_use(teacher, change, message, script):
     with pytest.raises(script.BadInput, match=message):
@@ -892,6 +898,19 @@ def test_a_teacher_that_gives_several_outputs_or_cannot_be_copied_is_refused(tea
 def test_a_teacher_in_half_precision_is_taken_in_full(teacher, script):
     student, _ = script.quantize(teacher.to(torch.bfloat16), **SMALL, iterations=2)
     assert student.stem.weight.dtype == torch.float32 and teacher.stem.weight.dtype == torch.bfloat16
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(quant.unpack(quant.pack(student), teacher)(images), student(images))
+
+
+def test_a_compiled_teacher_is_taken_as_the_module_that_was_compiled(teacher, script):
+    compiled, plain = (script.quantize(model, **SMALL, iterations=2)[0] for model in (torch.compile(teacher), teacher))
+    assert same(state_bytes(compiled), state_bytes(plain))
+
+
+@pytest.mark.parametrize("context", (torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)))
+def test_where_nothing_can_be_trained_quantize_says_so(context, teacher, script):
+    with context(), pytest.raises(script.BadInput, match="call it outside"):
+        script.quantize(teacher, **SMALL, iterations=2)
 
 
 @pytest.mark.parametrize("off", (dict(sfda=False), dict(variance=False), dict(ema=False), dict(fresh_noise=True)))
