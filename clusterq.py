@@ -319,9 +319,9 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
 
     teacher: any nn.Module, (B, C, S, S) -> (B, num_classes), with BatchNorm2d; it is left as it is. image_size: S, a
     multiple of 4. w_bits, a_bits: 2 to 8. mean, std: the teacher's normalisation, one number a channel, for pixels in
-    [0, 1]. evaluate: a function of a model, on `device`, that returns its top-1 in percent, or None. out: a folder for result.json,
-    student.pt, checkpoint.pt, samples.png and log.csv, or None. classifier: the name of the teacher's last layer, found
-    by itself if None. resume: go on from the checkpoint in `out`. about: further settings to record in the files.
+    [0, 1]. evaluate: a function of a model, on `device`, that returns its top-1 in percent, or None. out: a folder for
+    result.json, student.pt, checkpoint.pt, samples.png and log.csv, or None. classifier: the name of the teacher's last
+    layer, found by itself if None. resume: go on from the checkpoint in `out`. about: further settings to record in the files.
     The rest are the flags of the same names (`python clusterq.py --help`). The student is in evaluation mode, ready to
     use or to train on; `quant.pack` gives its integers. The result is the dict that result.json holds.
     Raises BadInput, a ValueError, for settings or a teacher that cannot be used, before any long work (and quantize_model's
@@ -490,13 +490,12 @@ def check_settings(arguments):
             raise BadInput(f"{flag} {arguments[name]}: choose {choose}")
     if len(arguments["mean"]) != len(arguments["std"]):
         raise BadInput(f"mean has {len(arguments['mean'])} channels and std has {len(arguments['std'])}: give one number each")
-    settings = {"method": METHOD, **(arguments["about"] or {}),
-                **{key: value for key, value in arguments.items() if key not in NOT_SETTINGS}}
     try:
-        json.dumps(settings)
+        json.dumps(arguments["about"])
     except TypeError as error:
         raise BadInput(f"about: {error}, as result.json needs it: give strings and numbers") from error
-    return settings
+    return {"method": METHOD, **(arguments["about"] or {}),
+            **{key: value for key, value in arguments.items() if key not in NOT_SETTINGS}}
 
 
 # name: (mean, std, image size, classes, default iterations, default batch size)
@@ -696,7 +695,6 @@ def prepare_teacher(teacher, image_size, num_classes, channels, classifier, devi
     which they run. Tried on noise; raises BadInput if it cannot be used."""
     if not torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
         raise BadInput("quantize trains: call it outside of torch.no_grad(), torch.inference_mode() and torch.autocast()")
-    teacher = getattr(teacher, "_orig_mod", teacher)  # of torch.compile, which would run without our hooks
     try:
         teacher = copy_without_hooks(teacher).float().eval().requires_grad_(False)
     except RuntimeError as error:

@@ -235,7 +235,9 @@ def integer_weight(layer):
 # ------------------------------------------------------------------------------------------------ whole models
 
 def copy_without_hooks(model):
-    """Deep copy of a model, without the forward and backward hooks that others hung on it."""
+    """Deep copy of a model, without the forward and backward hooks that others hung on it; of one made by torch.compile,
+    in which hooks do not run reliably, the module that was compiled."""
+    model = getattr(model, "_orig_mod", model)
     memo = {id(value): OrderedDict() for module in model.modules()
             for name, value in vars(module).items() if name.endswith("_hooks") and isinstance(value, dict)}
     return copy.deepcopy(model, memo)
@@ -418,7 +420,7 @@ def unpack(packed, model):
     """
     layers, rest = packed["layers"], packed["rest"]
     some = next(iter(layers.values()), {"bits": 8, "symmetric": False})
-    student = quantize_model(copy_without_hooks(model).float(), some["bits"], 8, some["symmetric"])
+    student = quantize_model(model, some["bits"], 8, some["symmetric"]).float()
     quantized, state = quant_layers(student), student.state_dict()
     found = {name: list(quantized[name].weight.shape) for name in layers if name in quantized}
     if found != {name: layer["shape"] for name, layer in layers.items()}:

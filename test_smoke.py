@@ -905,6 +905,8 @@ def test_a_teacher_in_half_precision_is_taken_in_full(teacher, script):
 def test_a_compiled_teacher_is_taken_as_the_module_that_was_compiled(teacher, script):
     compiled, plain = (script.quantize(model, **SMALL, iterations=2)[0] for model in (torch.compile(teacher), teacher))
     assert same(state_bytes(compiled), state_bytes(plain))
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(quant.unpack(quant.pack(compiled), torch.compile(teacher))(images), plain(images))
 
 
 @pytest.mark.parametrize("context", (torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)))
