@@ -27,7 +27,8 @@ Differences from the paper and from its published code are listed in the README:
 the one nearest to the images, where a fresh draw averages out and spreads nothing; features are measured in units of their
 layer's standard deviation; the centroids are each class's own, from images that P recognises.
 
-Shapes: B batch_size, K num_classes, D features, S image_size, C channels (of all semantic layers together), H and W.
+Shapes: B batch_size, K num_classes, D features, S image_size, C channels (of all layers together where
+statistics are meant), H and W height and width.
 """
 import argparse
 import contextlib
@@ -213,7 +214,8 @@ def spread_loss(means, variances, centroid_means, centroid_variances, channel_we
 
 
 def intra_class_noise(like, amplitude):
-    """e as published: a fresh draw for each image and channel, uniform, with standard deviation `amplitude`."""
+    """e as published but for its size: a fresh draw for each image and channel, uniform, with standard deviation
+    `amplitude` (published: 0.03 and 0.05 at most, for means and variances in absolute size)."""
     return (torch.rand_like(like) - 0.5) * 12 ** 0.5 * amplitude
 
 
@@ -318,7 +320,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     """Quantize a trained classifier without its data. Returns (student, result).
 
     teacher: any nn.Module, (B, C, S, S) -> (B, num_classes), with BatchNorm2d; it is left as it is. image_size: S, a
-    multiple of 4. w_bits, a_bits: 2 to 8. mean, std: the teacher's normalisation, one number a channel, for pixels in
+    multiple of 4, 8 at least. w_bits, a_bits: 2 to 8. mean, std: the teacher's normalisation, one number a channel, of pixels in
     [0, 1]. evaluate: a function of a model, on `device`, that returns its top-1 in percent, or None. out: a folder for
     result.json, student.pt, checkpoint.pt, samples.png and log.csv, or None. classifier: the name of the teacher's last
     layer, found by itself if None. resume: go on from the checkpoint in `out`. about: further settings to record in the files.
@@ -994,7 +996,7 @@ class Run:
 
     @torch.no_grad()
     def fresh_images(self):
-        """Batches of 1,000 generated images (as many as were trained on, if less) and their labels, for any run the same
+        """1,000 generated images (as many as were trained on, if less) and their labels, in batches of 50, for any run the same
         noise, without using up random numbers."""
         count = min(1000, self.settings["iterations"] * self.settings["batch_size"])
         random = torch.Generator().manual_seed(1)
@@ -1125,13 +1127,14 @@ def common_flags(parser):
     add = parser.add_argument_group("network and data").add_argument
     add("--arch", default="shapes", metavar="NAME", help="shapes: the offline demonstration, a ResNet-8 on drawn pictures "
         "(the default); resnet20: for CIFAR; or any torchvision classifier with batch norm, such as resnet18")
-    add("--dataset", choices=DATASETS, help="what the network was trained on, which fixes image size, classes and "
-        "normalisation (default: that of the arch: shapes, cifar10 for resnet20, else imagenet)")
+    add("--dataset", choices=DATASETS, help="what the network was trained on, which fixes classes, image size and "
+        "normalisation (for imagenet as published with the weights; default: that of the arch: shapes, cifar10 for resnet20, "
+        "else imagenet)")
     add("--weights", metavar="FILE", help="state dict of the full-precision network (default: torchvision's "
         "IMAGENET1K_V1, or those of chenyaofo/pytorch-cifar-models for resnet20, downloaded once)")
     add("--data", metavar="FOLDER", help="labelled test images, to measure top-1 with, never to train: a folder for each "
-        "class, directly or in val/ or test/, or torchvision's CIFAR folder (default: none, and only the agreement of "
-        "student and teacher on synthetic images is reported)")
+        "class, directly or in val/ or test/, or torchvision's CIFAR folder (default: shapes draws its own; else none, and "
+        "only the agreement of student and teacher on synthetic images is reported)")
     add = parser.add_argument_group("quantization").add_argument
     add("--w", dest="w_bits", type=int, metavar="BITS", help="bits of the weights, 2 to 8 (default: 4; 3 for shapes)")
     add("--a", dest="a_bits", type=int, metavar="BITS", help="bits of the activations, 2 to 8 (default: 4; 3 for shapes); the "
@@ -1145,8 +1148,8 @@ def common_flags(parser):
     add("--warmup", type=float, metavar="SHARE", help="share of the iterations in which the generator learns alone "
         "(default: %(default)s)")
     add("--generator-lr", type=float, metavar="RATE", help="of Adam (default: %(default)s, GDFQ)")
-    add("--student-lr", type=float, metavar="RATE", help="of SGD, falling as a cosine to zero (default: up to 100 classes "
-        "0.003, with --w 2 0.01, above 0.000003; published for 80,000 iterations: 0.0001 and 0.000001)")
+    add("--student-lr", type=float, metavar="RATE", help="of SGD, falling as a cosine to zero (default: 0.003, with --w 2 "
+        "0.01, above 100 classes always 0.000003; published for 80,000 iterations: 0.0001 and 0.000001)")
     add("--seed", type=int, metavar="N", help="seed of all random numbers (default: %(default)s)")
     add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one, else cpu)")
     add("--precision", help="float32, bfloat16, or auto (default): bfloat16 where the processor has it; of convolutions "
@@ -1226,8 +1229,8 @@ def main(argv=None):
     add("--rho", type=float, help="share of the batch in the centroids' moving average (default: %(default)s, published)")
     add("--noise", type=float, metavar="SIZE", help="standard deviation of the noise round a centroid, in units of the "
         "layer's own (default: %(default)s; published: uniform, 0.03 and 0.05 at most, in absolute size)")
-    add("--first-layer", type=int, metavar="L", help="first semantic layer, of the L batch norms from 0 on (default: "
-        "(L + 1) // 2 - 2, published)")
+    add("--first-layer", type=int, metavar="L", help="first semantic layer, the batch norms numbered from 0 on (default: "
+        "(number of batch norms + 1) // 2 - 2, published)")
     add("--sfda-weight", type=float, help="weight of L_SFDA (default: %(default)s, published)")
     add("--bns-weight", type=float, help="weight of L_BNS (default: 1 up to 100 classes, 100 above; published 0.1)")
     add("--temperature", type=float, metavar="T", help="temperature of the distillation (default: %(default)s; published 20)")

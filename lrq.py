@@ -23,9 +23,9 @@ The algorithm, as numbered in quantize():
 Differences from the paper: no code of it was published, so where the large-kernel attention stands and what the
 Adversarial Margin Add is in equations are our reading of the abstract. From GDFQ (arXiv 2003.03603), whose generator
 and schedule it builds on: the label's embedding is added to the noise instead of multiplied, the pixels of images stay
-in [0, 1], images differ in contrast and brightness, L_BNS is measured in units of each layer's standard deviation, and the
-student, its batch norms corrected, learns at another rate and temperature, by clipped gradients. The README says what was
-measured of this.
+in [0, 1], images differ in contrast and brightness, L_BNS is measured in units of each layer's standard deviation, the
+quantizers' ranges are those of least error, and the student, its batch norms corrected, learns at another rate and
+temperature, by clipped gradients. The README says what was measured of this.
 
 Shapes: B batch_size, K num_classes, D features, S image_size, C channels, H and W height and width.
 """
@@ -125,11 +125,11 @@ class Generator(nn.Module):
     """G(z, y): noise (B, latent_dim) and labels (B,) -> normalised images (B, C, S, S) with pixels in [0, 1].
 
     GDFQ's generator (arXiv 2003.03603) with large-kernel attention at its coarsest resolution, S/4, where one kernel
-    reaches across most of the image and costs least. An embedding of the label is added to z (GDFQ multiplies, or above 100
-    classes has conditional batch norm: see "Differences" at the top); above 100 classes it starts from the teacher's
-    classifier W = class_weight, (K, D). The first two numbers of z are also each image's contrast and brightness, in
-    which generated images would hardly differ otherwise. Pixels stay in [0, 1]: beyond, the student, whose input is
-    quantized to that range, would see other images than the teacher.
+    reaches furthest and costs least. An embedding of the label is added to z (GDFQ multiplies, or above 100 classes has
+    conditional batch norm); above 100 classes it starts from the teacher's classifier W = class_weight, (K, D). The first two
+    numbers of z are also each image's contrast and brightness, in which generated images would hardly differ otherwise.
+    Pixels stay in [0, 1]: beyond, the student, whose input is quantized to that range, would see other images than the
+    teacher.
     """
 
     def __init__(self, image_size, class_weight, mean, std, latent_dim=100, lka=True):
@@ -303,7 +303,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     """Quantize a trained classifier without its data. Returns (student, result).
 
     teacher: any nn.Module, (B, C, S, S) -> (B, num_classes), with BatchNorm2d; it is left as it is. image_size: S, a
-    multiple of 4. w_bits, a_bits: 2 to 8. mean, std: the teacher's normalisation, one number a channel, for pixels in
+    multiple of 4, 8 at least. w_bits, a_bits: 2 to 8. mean, std: the teacher's normalisation, one number a channel, of pixels in
     [0, 1]. evaluate: a function of a model, on `device`, that returns its top-1 in percent, or None. out: a folder for
     result.json, student.pt, checkpoint.pt, samples.png and log.csv, or None. classifier: the name of the teacher's last
     layer, found by itself if None. resume: go on from the checkpoint in `out`. about: further settings to record in the files.
@@ -951,7 +951,7 @@ class Run:
 
     @torch.no_grad()
     def fresh_images(self):
-        """Batches of 1,000 generated images (as many as were trained on, if less) and their labels, for any run the same
+        """1,000 generated images (as many as were trained on, if less) and their labels, in batches of 50, for any run the same
         noise, without using up random numbers."""
         count = min(1000, self.settings["iterations"] * self.settings["batch_size"])
         random = torch.Generator().manual_seed(1)
@@ -1082,13 +1082,14 @@ def common_flags(parser):
     add = parser.add_argument_group("network and data").add_argument
     add("--arch", default="shapes", metavar="NAME", help="shapes: the offline demonstration, a ResNet-8 on drawn pictures "
         "(the default); resnet20: for CIFAR; or any torchvision classifier with batch norm, such as resnet18")
-    add("--dataset", choices=DATASETS, help="what the network was trained on, which fixes image size, classes and "
-        "normalisation (default: that of the arch: shapes, cifar10 for resnet20, else imagenet)")
+    add("--dataset", choices=DATASETS, help="what the network was trained on, which fixes classes, image size and "
+        "normalisation (for imagenet as published with the weights; default: that of the arch: shapes, cifar10 for resnet20, "
+        "else imagenet)")
     add("--weights", metavar="FILE", help="state dict of the full-precision network (default: torchvision's "
         "IMAGENET1K_V1, or those of chenyaofo/pytorch-cifar-models for resnet20, downloaded once)")
     add("--data", metavar="FOLDER", help="labelled test images, to measure top-1 with, never to train: a folder for each "
-        "class, directly or in val/ or test/, or torchvision's CIFAR folder (default: none, and only the agreement of "
-        "student and teacher on synthetic images is reported)")
+        "class, directly or in val/ or test/, or torchvision's CIFAR folder (default: shapes draws its own; else none, and "
+        "only the agreement of student and teacher on synthetic images is reported)")
     add = parser.add_argument_group("quantization").add_argument
     add("--w", dest="w_bits", type=int, metavar="BITS", help="bits of the weights, 2 to 8 (default: 4; 3 for shapes)")
     add("--a", dest="a_bits", type=int, metavar="BITS", help="bits of the activations, 2 to 8 (default: 4; 3 for shapes); the "
@@ -1102,8 +1103,8 @@ def common_flags(parser):
     add("--warmup", type=float, metavar="SHARE", help="share of the iterations in which the generator learns alone "
         "(default: %(default)s)")
     add("--generator-lr", type=float, metavar="RATE", help="of Adam (default: %(default)s, GDFQ)")
-    add("--student-lr", type=float, metavar="RATE", help="of SGD, falling as a cosine to zero (default: up to 100 classes "
-        "0.003, with --w 2 0.01, above 0.000003; published for 80,000 iterations: 0.0001 and 0.000001)")
+    add("--student-lr", type=float, metavar="RATE", help="of SGD, falling as a cosine to zero (default: 0.003, with --w 2 "
+        "0.01, above 100 classes always 0.000003; published for 80,000 iterations: 0.0001 and 0.000001)")
     add("--seed", type=int, metavar="N", help="seed of all random numbers (default: %(default)s)")
     add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one, else cpu)")
     add("--precision", help="float32, bfloat16, or auto (default): bfloat16 where the processor has it; of convolutions "
