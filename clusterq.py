@@ -13,9 +13,9 @@ Result (README): ResNet-20 on CIFAR-10, 2-bit weights and 4-bit activations, 400
 +- 0.4 % top-1 of 88.0, where plain quantization leaves 29.5; three to five minutes on one CPU core.
 
 The algorithm, as numbered in quantize():
- 1. Once, after the generator's warm-up, by its images: each class's centroid, the ranges of Q's activations, and what
-    rounding did to the mean and the spread of each channel, for which Q's batch norms are corrected: of rounded weights
-    first, then of activations too.
+ 1. Once, after the generator's warm-up, by its images: each class's centroid; the ranges of Q's activations; Q's weights,
+    moved so that their rounding errors make up for one another; and what rounding still did to the mean and the spread of
+    each channel, for which Q's batch norms are corrected: of rounded weights first, then of activations too.
  2. Draw noise z and labels y, and images x = G(z, y) from them.
  3. Generator step on L_G = L_CE + a L_BNS + b L_SFDA, through the frozen P; G learns alone, without L_SFDA, at first.
  4. The centroids follow the images as exponential moving averages.
@@ -55,7 +55,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision import datasets, models, transforms, utils
 
-from quant import copy_without_hooks, correct_batch_norm, freeze, observe, pack, quantize_model, unpack
+from quant import compensate_rounding, copy_without_hooks, correct_batch_norm, freeze, observe, pack, quantize_model, unpack
 
 try:
     import fcntl
@@ -358,7 +358,8 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
              generator_optimizer=generator_optimizer, student_optimizer=student_optimizer) as run:
         for step in range(run.step, iterations):
             # 1. Once, after the generator's warm-up, by its images: each class's centroid; activation ranges, after which
-            # plain quantization is measured, and what rounding did to each channel's mean and spread.
+            # plain quantization is measured, and what rounding did: to each layer's output, and to each channel's mean
+            # and spread.
             if step == warm_iterations:
                 observe(student)
                 batches = []
@@ -373,6 +374,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
                         student(batches[-1])
                 freeze(student)
                 run.measure("ptq")
+                compensate_rounding(student, teacher, batches)
                 correct_batch_norm(observe(student), teacher, batches)  # activations in float; their ranges go on moving
                 correct_batch_norm(freeze(student), teacher, batches)   # and quantized
                 del batches
@@ -493,10 +495,10 @@ def check_settings(arguments):
     if len(arguments["mean"]) != len(arguments["std"]):
         raise BadInput(f"mean has {len(arguments['mean'])} channels and std has {len(arguments['std'])}: give one number each")
     try:
-        json.dumps(arguments["about"])
-    except TypeError as error:
-        raise BadInput(f"about: {error}, as result.json needs it: give strings and numbers") from error
-    return {"method": METHOD, **(arguments["about"] or {}),
+        about = dict(json.loads(json.dumps(arguments["about"] or {})))  # NumPy's numbers as Python's
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"about: {error}, as result.json needs it: give a dict of strings and numbers") from error
+    return {"method": METHOD, **about,
             **{key: value for key, value in arguments.items() if key not in NOT_SETTINGS}}
 
 
@@ -695,12 +697,15 @@ def find_classifier(model, num_classes, name=None):
 def prepare_teacher(teacher, image_size, num_classes, channels, classifier, device):
     """(teacher, classifier, norms): a frozen copy of the teacher, its last layer, its BatchNorm2d layers in the order in
     which they run. Tried on noise; raises BadInput if it cannot be used."""
+    if torch.get_default_dtype() != torch.float32:
+        raise BadInput(f"torch's default dtype is {torch.get_default_dtype()}: set it back to torch.float32")
     if not torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
         raise BadInput("quantize trains: call it outside of torch.no_grad(), torch.inference_mode() and torch.autocast()")
     try:
         teacher = copy_without_hooks(teacher).float().eval().requires_grad_(False)
     except RuntimeError as error:
-        raise BadInput(f"the teacher cannot be copied ({first_line(error)}): undo weight normalisation or pruning first") from error
+        raise BadInput(f"the teacher cannot be copied ({first_line(error)}): undo weight normalisation or pruning first, and give the "
+                       "module itself, not one that torch.jit made of it") from error
     teacher.to(device, memory_format=torch.channels_last)
     layer = find_classifier(teacher, num_classes, classifier)
     with torch.no_grad():
@@ -710,7 +715,8 @@ def prepare_teacher(teacher, image_size, num_classes, channels, classifier, devi
             again = F.linear(features, layer.weight.flatten(1), layer.bias)
         except (RuntimeError, IndexError, ValueError, AttributeError, TypeError) as error:
             raise BadInput(f"the teacher cannot be run on {image_size} x {image_size} images, or not through the layer taken for "
-                           f"its classifier, or gives no tensor ({first_line(error)}): check image_size and classifier") from error
+                           f"its classifier, or gives no tensor ({first_line(error)}): check image_size and classifier, and use .reshape "
+                           "or .flatten in its forward, not .view, since tensors are channels-last") from error
         if not norms:
             raise BadInput("the teacher has no BatchNorm2d with running statistics, which the method needs: of another kind, such "
                            "as SyncBatchNorm, convert it first")
@@ -976,7 +982,9 @@ class Run:
         begun = time.monotonic()
         if self.evaluate is not None:
             with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-                self.figures[f"{name}_top1"] = float(self.evaluate(self.teacher if name == "fp" else self.student))
+                model = self.teacher if name == "fp" else self.student
+                self.figures[f"{name}_top1"] = float(self.evaluate(model))
+                model.eval()  # whatever mode `evaluate` leaves it in
         if name != "fp":
             self.figures[f"{name}_agreement"], self.figures["recognised"] = self.agreement()
         if name == "ptq":  # the only one within the loop, whose seconds are those of the iterations
@@ -1206,7 +1214,7 @@ def run(main):
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
-        print(f"\n{Path(sys.argv[0]).name}: {error or 'interrupted'}", file=sys.stderr)
+        print(f"\n{Path(sys.argv[0]).name}: {str(error) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
 # ================================================================================================ shared plumbing: end
 

@@ -3,6 +3,7 @@
 
     student = quantize_model(model, w_bits=4, a_bits=4)   # a copy; `model` stays as it is
     observe(student); student(images)                     # learn the activation ranges
+    compensate_rounding(student, model, [images])         # let the rounding errors of weights make up for one another
     correct_batch_norm(student, model, [images])          # undo what rounded weights do to each channel's mean and spread
     freeze(student)                                       # fix the ranges; from here on the student is quantized and trains
     correct_batch_norm(student, model, [images])          # undo what rounded activations do to them too
@@ -28,7 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 
 __all__ = ["calculate_qparams", "quantize_tensor", "fake_quantize", "QuantConv2d", "QuantLinear", "quantize_model",
-           "observe", "freeze", "correct_batch_norm", "pack", "unpack"]
+           "observe", "freeze", "compensate_rounding", "correct_batch_norm", "pack", "unpack"]
 
 
 # ------------------------------------------------------------------------------------------------ the maths
@@ -260,7 +261,8 @@ def quantize_model(model, w_bits, a_bits, symmetric=False, input_bits=8, input_r
     """
     for bits in (w_bits, a_bits, input_bits):
         quant_bounds(bits, symmetric)
-    w_bits, a_bits, input_bits = int(w_bits), int(a_bits), int(input_bits)  # NumPy's do not load with weights_only
+    # NumPy's do not load with weights_only.
+    w_bits, a_bits, input_bits, symmetric = int(w_bits), int(a_bits), int(input_bits), bool(symmetric)
     student = copy_without_hooks(model).requires_grad_(True).eval()
     student.calls_so_far = Counter()
     for name, module in list(student.named_modules()):
@@ -270,9 +272,9 @@ def quantize_model(model, w_bits, a_bits, symmetric=False, input_bits=8, input_r
             module.__class__ = FrozenBatchNorm2d if kind is nn.BatchNorm2d else type(kind.__name__, (FrozenBatchNorm2d, kind), {})
         elif isinstance(module, (nn.Conv2d, nn.Linear)):
             base, quantized = (nn.Conv2d, QuantConv2d) if isinstance(module, nn.Conv2d) else (nn.Linear, QuantLinear)
-            if hasattr(module, "parametrizations"):
-                raise TypeError(f"cannot quantize layer '{name}': its weight is parametrized, see torch.nn.utils.parametrize."
-                                "remove_parametrizations")
+            if "weight" not in module._parameters:
+                raise TypeError(f"cannot quantize layer '{name}': its weight is computed from others (parametrized, pruned, "
+                                "normalised): remove that first, see torch.nn.utils")
             own = getattr(kind, "_conv_forward", None) is not getattr(base, "_conv_forward", None)
             if own or kind.forward not in (base.forward, quantized.forward):
                 raise TypeError(f"cannot quantize layer '{name}': {kind.__name__} has a forward of its own")
@@ -357,6 +359,59 @@ def correct_batch_norm(student, teacher, batches):
     finally:
         for hook in hooks:
             hook.remove()
+    return student
+
+
+@torch.no_grad()
+def compensate_rounding(student, teacher, batches, damping=0.1, block=1024):
+    """Move the student's weights so that, rounded, the errors of one make up for those of the others.
+
+    batches: images, (B, C, H, W) each, on which each layer's inputs x, (n,) at each place, are seen in the teacher. Rounding
+    to nearest makes the error of each weight least. The error of a layer's output is less if the weights of an output channel
+    are rounded one after the other, and those which are not yet rounded take up what it did to the output:
+        q_j = rounded w_j        w_k -= (w_j - q_j) U_jk / U_jj,  k > j
+    with U the upper Cholesky factor of H^-1 and H = mean of x x^T over places and batches, to whose diagonal `damping` times
+    its mean is added. The weights stay float, as those that round to q, and the grids as they are. Layers of more than
+    `block` inputs are treated as several. Returns the student.
+    Source: GPTQ, Frantar et al., arXiv 2210.17323, section 3; here on generated images.
+    """
+    teacher, moments = copy_without_hooks(teacher).eval(), {}
+
+    def measure(name):
+        def hook(layer, args):
+            x, groups = args[0].float(), 1
+            if isinstance(layer, nn.Conv2d):
+                groups, mode = layer.groups, "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+                x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+                skip = max(1, int((x[:, 0].numel() / 20000) ** 0.5))                    # about 20,000 places are enough
+                x = F.unfold(x, layer.kernel_size, layer.dilation, 0, [skip * stride for stride in layer.stride])
+                x = x.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(2)         # (groups, n, places)
+            else:
+                x = x.reshape(1, -1, x.shape[-1]).mT
+            for index, part in enumerate(x.split(block, 1)):
+                moments[name, index] = moments.get((name, index), 0) + part @ part.mT / part.shape[2]
+        return hook
+    layers, hooks = quant_layers(student), []
+    try:
+        hooks += [teacher.get_submodule(name).register_forward_pre_hook(measure(name)) for name in layers]
+        for images in batches:
+            teacher(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, layer in layers.items():
+        weight = layer.weight.flatten(1).unflatten(0, (getattr(layer, "groups", 1), -1)).clone()  # (groups, O / groups, n)
+        for index, w in enumerate(weight.split(block, 2)):
+            if (name, index) not in moments:  # a layer that did not run
+                continue
+            h = moments[name, index] / len(batches)
+            h.diagonal(dim1=1, dim2=2).add_(damping * h.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp(min=1e-12))
+            u = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)[:, None]         # (groups, 1, n, n)
+            for j in range(w.shape[2]):
+                rounded = fake_quantize(w[:, :, j].flatten(), *weight_qparams(layer), axis=0).view_as(w[:, :, j])
+                error = (w[:, :, j] - rounded) / u[:, :, j, j]
+                w[:, :, j + 1:] -= error[:, :, None] * u[:, :, j, j + 1:]
+        layer.weight.copy_(weight.view(layer.weight.shape))
     return student
 
 

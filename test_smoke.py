@@ -308,7 +308,52 @@ def test_correction_bounds_what_a_channel_without_spread_is_multiplied_by():
     assert torch.allclose(ratio, torch.tensor([1 / 16, 16]))
 
 
-def test_a_layer_with_its_own_forward_or_a_parametrized_weight_is_refused():
+def test_rounding_errors_make_up_for_one_another():
+    """Each layer's output on its own inputs, with its weights rounded as they are and as moved by compensate_rounding."""
+    teacher = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, stride=2, dilation=2, groups=4), nn.ReLU(),
+        nn.Conv2d(12, 6, (3, 1), padding="same", padding_mode="reflect"), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 5))
+    batches = [F.avg_pool2d(torch.randn(8, 3, 20, 20), 5, 1) for _ in range(3)]
+    plain, moved = (quant.quantize_model(teacher, 3, 8) for _ in range(2))
+    before, of_teacher = state_bytes(moved), state_bytes(teacher)
+    assert quant.compensate_rounding(moved, teacher, batches) is moved
+    assert same(of_teacher, state_bytes(teacher)) and teacher.training and not any(m._forward_pre_hooks for m in teacher)
+    changed = {key for key, value in moved.state_dict().items() if torch.is_tensor(value) and not torch.equal(value, before[key])}
+    assert changed == {f"{i}.weight" for i in (0, 3, 5, 8)}
+    x = torch.cat(batches)
+    for index, layer in enumerate(teacher.eval()):
+        y = layer(x)
+        if f"{index}.weight" in changed:
+            errors = []
+            for student in (plain, moved):
+                rounded = copy.deepcopy(layer)
+                rounded.weight.data = quant.fake_quantize(student[index].weight.data, *quant.weight_qparams(student[index]), axis=0)
+                errors.append((rounded(x) - y).square().mean())
+            assert errors[1] < 0.7 * errors[0], index
+        x = y
+
+
+def test_what_a_rounded_weight_did_is_taken_up_by_the_next_as_least_squares_would():
+    teacher, images = nn.Sequential(nn.Linear(2, 40, bias=False)), torch.randn(50, 2) @ torch.tensor([[1.0, 0.8], [0.0, 0.5]])
+    student = quant.compensate_rounding(quant.quantize_model(teacher, 2, 8), teacher, [images], damping=0.0)
+    w0, w1 = teacher[0].weight.detach().unbind(1)
+    q0 = quant.fake_quantize(teacher[0].weight.detach(), *quant.weight_qparams(student[0]), axis=0)[:, 0]
+    x0, x1 = images.unbind(1)
+    assert torch.equal(student[0].weight[:, 0], w0)
+    assert torch.allclose(student[0].weight[:, 1], w1 + (w0 - q0) * (x0 @ x1) / (x1 @ x1), atol=1e-5)
+    apart = quant.compensate_rounding(quant.quantize_model(teacher, 2, 8), teacher, [images], block=1)  # nothing to take it up
+    assert torch.equal(apart[0].weight, teacher[0].weight)
+
+
+def test_a_layer_that_does_not_run_or_sees_nothing_is_compensated_without_harm():
+    teacher = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3)).eval()
+    nn.init.zeros_(teacher[0].weight), nn.init.zeros_(teacher[0].bias)
+    teacher[1].unused = nn.Linear(3, 3)
+    student = quant.compensate_rounding(quant.quantize_model(teacher, 3, 8), teacher, [torch.rand(2, 3, 8, 8)])
+    assert same(state_bytes(student), state_bytes(quant.quantize_model(teacher, 3, 8)))
+
+
+def test_a_layer_with_its_own_forward_or_a_computed_weight_is_refused():
     class Standardized(nn.Conv2d):
         def forward(self, x):
             return F.conv2d(x, self.weight / self.weight.std())
@@ -316,7 +361,9 @@ def test_a_layer_with_its_own_forward_or_a_parametrized_weight_is_refused():
     class Deeper(nn.Conv2d):
         def _conv_forward(self, x, weight, bias):
             return super()._conv_forward(x, weight / weight.std(), bias)
-    for layer in (Standardized(3, 3, 1), Deeper(3, 3, 1), nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1))):
+    with torch.no_grad():
+        pruned = prune.l1_unstructured(nn.Conv2d(3, 3, 1), "weight", 0.5)
+    for layer in (Standardized(3, 3, 1), Deeper(3, 3, 1), nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1)), pruned):
         with pytest.raises(TypeError, match="'0'"):
             quant.quantize_model(nn.Sequential(layer), 4, 4)
 
@@ -700,6 +747,14 @@ def test_quantize_leaves_the_teacher_as_it_is(teacher, script):
     assert 0 <= result["ptq_agreement"] <= 100 and "q_top1" not in result
 
 
+def test_weights_are_moved_before_the_student_learns(teacher, script, monkeypatch):
+    options = dict(iterations=2, warmup=0.5, student_lr=0.0)
+    moved, _ = script.quantize(teacher, **SMALL, **options)
+    assert not torch.equal(moved.stem.weight, teacher.stem.weight)
+    monkeypatch.setattr(script, "compensate_rounding", lambda student, teacher, batches: student)
+    assert torch.equal(script.quantize(teacher, **SMALL, **options)[0].stem.weight, teacher.stem.weight)
+
+
 def test_batch_norms_are_corrected_with_activations_in_float_and_then_quantized(teacher, script, monkeypatch):
     observing = []
 
@@ -732,6 +787,7 @@ def test_quantize_is_the_same_for_the_same_seed(teacher, script):
 
 def test_measuring_does_not_change_the_student(teacher, script):
     def evaluate(model):
+        model.train()
         return torch.rand(()).item()
     measured, plain = (script.quantize(teacher, **SMALL, iterations=4, evaluate=how)[0] for how in (evaluate, None))
     assert same(state_bytes(measured), state_bytes(plain))
@@ -865,7 +921,7 @@ def test_resume_gives_the_same_bits_as_an_uninterrupted_run(teacher, tmp_path, s
     (dict(classifier="twice"), "classifier"), (dict(mean=(0.5,) * 4, std=(0.25,) * 4), "cannot be run"), (dict(mean=(0.5,) * 2), "mean has 2 channels"),
     (dict(mean="half"), "^mean"), (dict(num_classes="7"), "^num_classes"), (dict(warmup=None), "^--warmup"), (dict(std=(0.25, 0, 0.25)), "^std"), (dict(num_classes=1), "^num_classes"),
     (dict(w_bits=1), "2 to 8"), (dict(w_bits=4.0), "2 to 8"), (dict(iterations=1e3), "1000.0: choose a whole number"), (dict(checkpoint_every=-1), "seconds"),
-    (dict(bns_weight=float("nan")), "bns-weight"), (dict(classifier="stem"), "cannot be run"), (dict(about={"made": {1, 2}}), "^about"),
+    (dict(bns_weight=float("nan")), "bns-weight"), (dict(classifier="stem"), "cannot be run"), (dict(about={"made": {1, 2}}), "^about"), (dict(about=["a"]), "^about"),
     (dict(student_lr=float("inf")), "student-lr"), (dict(out="/dev/null/x"), "/dev/null/x")))
 def test_quantize_refuses_what_it_cannot_use(teacher, change, message, script):
     with pytest.raises(script.BadInput, match=message):
@@ -915,14 +971,17 @@ def test_where_nothing_can_be_trained_quantize_says_so(context, teacher, script)
         script.quantize(teacher, **SMALL, iterations=2)
 
 
-@pytest.mark.parametrize("off", (dict(sfda=False), dict(variance=False), dict(ema=False), dict(fresh_noise=True)))
+@pytest.mark.parametrize("off", (dict(sfda=False), dict(variance=False), dict(ema=False), dict(fresh_noise=True), dict(rho=0.9),
+                                 dict(noise=2.0), dict(sfda_weight=5.0), dict(bns_weight=9.0), dict(temperature=9.0),
+                                 dict(symmetric=True)))
 def test_every_part_of_clusterq_changes_the_student(teacher, off, monkeypatch):
     monkeypatch.setattr(clusterq, "intra_class_noise", torch.full_like)  # draws nothing: the random numbers stay the same
     whole, part = (clusterq.quantize(teacher, **SMALL, iterations=6, **options)[0] for options in ({}, off))
     assert not same(state_bytes(whole), state_bytes(part))
 
 
-@pytest.mark.parametrize("off", ("attention", dict(lka=False), dict(margin=0.3), dict(kd="kl")))
+@pytest.mark.parametrize("off", ("attention", dict(lka=False), dict(margin=0.3), dict(kd="kl"), dict(alpha=3.0), dict(beta=3.0),
+                                 dict(temperature=9.0), dict(bns_weight=9.0), dict(symmetric=True)))
 def test_every_part_of_lrq_changes_the_student(teacher, off, monkeypatch):
     whole, _ = lrq.quantize(teacher, **SMALL, iterations=6)
     if off == "attention":  # still there, so that the random numbers stay the same, but without effect
