@@ -130,7 +130,9 @@ class InputQuantizer(nn.Module):
     Buffers min_val, max_val: (calls,), empty until images were observed; scale, zero_point: (calls,), empty until
     `freeze`. `calls_so_far` is one
     Counter for the whole model, emptied when a forward pass starts: it tells which run of the layer this one is, and
-    whether the layer is the first of the network, whose input has `input_bits` instead of `bits`.
+    whether the layer is the first of the network, whose input has `input_bits` instead of `bits`, as has any layer's that
+    takes the images themselves. These have `input_range` too, but not the first layer if what it sees spans less than half
+    of that: the model normalises images once more within itself.
     """
 
     def __init__(self, bits, symmetric, input_bits, input_range, calls_so_far):
@@ -144,12 +146,15 @@ class InputQuantizer(nn.Module):
         self.register_buffer("zero_point", torch.empty(0, dtype=torch.int32))
 
     def forward(self, x):
+        images, first = x.data_ptr() == getattr(self.calls_so_far, "images", None), not self.calls_so_far
+        bits = self.input_bits if images or first else self.default_bits
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # under autocast a matmul before it gives bfloat16
-        network_input = not self.calls_so_far
         call = self.calls_so_far[id(self)]
         self.calls_so_far[id(self)] += 1
         if self.observing:
-            self.observe(x.detach(), call, network_input)
+            if self.input_range is not None and first and not images:  # padded images, or normalised ones?
+                images = x.amax() - x.amin() > (self.input_range[1] - self.input_range[0]) / 2
+            self.observe(x.detach(), call, bits, self.input_range if images else None)
             return x, x.new_ones(())
         if not self.bits:
             raise RuntimeError("no activation range: call observe(model), run images through it, then freeze(model)")
@@ -157,12 +162,11 @@ class InputQuantizer(nn.Module):
         quant_min, quant_max = quant_bounds(self.bits[call], self.symmetric)
         return quantize_tensor(x, self.scale[call], self.zero_point[call], quant_min, quant_max), self.scale[call]
 
-    def observe(self, x, call, network_input):
-        """Moving average, momentum 0.1, of each batch's calculate_range."""
-        bits = self.input_bits if network_input else self.default_bits
+    def observe(self, x, call, bits, at_least):
+        """Moving average, momentum 0.1, of each batch's calculate_range, widened to `at_least`."""
         low, high = (value[0] for value in calculate_range(x.reshape(1, -1), bits, self.symmetric))
-        if network_input and self.input_range is not None:
-            low, high = low.clamp(max=self.input_range[0]), high.clamp(min=self.input_range[1])
+        if at_least is not None:
+            low, high = low.clamp(max=at_least[0]), high.clamp(min=at_least[1])
         if call == len(self.bits):
             self.bits.append(bits)
             self.min_val, self.max_val = torch.cat([self.min_val, low[None]]), torch.cat([self.max_val, high[None]])
@@ -247,14 +251,15 @@ def copy_without_hooks(model):
 
 def _start_forward(model, args):
     model.calls_so_far.clear()
+    model.calls_so_far.images = args[0].data_ptr() if args and torch.is_tensor(args[0]) else None
 
 
 def quantize_model(model, w_bits, a_bits, symmetric=False, input_bits=8, input_range=None):
     """Copy of `model` in which each Conv2d is a QuantConv2d and each Linear a QuantLinear; `model` is not changed.
 
     w_bits, a_bits: 2 to 8. symmetric: signed codes, zero point 0, for weights and activations. input_bits: bits of the
-    network's own input (images are 8-bit data), that is of the first layer that runs. input_range: (min, max) that this
-    input has in any case, which is widened to what is observed (a model may normalise within itself). The copy is in
+    network's own input (images are 8-bit data), that is of the first layer that runs and of all that take the images
+    themselves. input_range: (min, max) that images have in any case, which is widened to what is observed. The copy is in
     evaluation mode, its parameters learn, the grids of its weights are those of calculate_range for the weights of `model`
     and stay, its BatchNorm2d layers stay in evaluation mode for good, and it has no activation ranges yet: see observe, freeze.
     Raises ValueError for other bits, TypeError for a layer with a forward of its own or a parametrized weight.
@@ -472,7 +477,8 @@ def pack(model):
 def unpack(packed, model):
     """The quantized model again, from what `pack` gave and a float model of the same architecture (left as it is).
 
-    Its outputs equal those of the packed model exactly. Raises ValueError if the architecture is another one.
+    Its outputs equal those of the packed model exactly (unless the model uses the weight of a quantized layer a second time, in
+    float, as an embedding tied to it does: here that is rounded too). Raises ValueError if the architecture is another one.
     """
     layers, rest = packed["layers"], packed["rest"]
     some = next(iter(layers.values()), {"bits": 8, "symmetric": False})

@@ -393,6 +393,32 @@ def test_input_range_is_widened_to_what_is_observed():
         assert (quantizer.min_val.item(), quantizer.max_val.item()) == expected
 
 
+def test_a_model_that_scales_its_images_itself_has_the_range_of_what_it_makes_of_them():
+    class Scaled(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x / 255)
+    images = torch.rand(4, 3, 8, 8) * 255
+    for model, top in ((Scaled(nn.Conv2d(3, 2, 1)), 1), (nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(3, 2, 3)), 255)):
+        student = quant.quantize_model(model, 4, 4, input_range=(0.0, 255.0))
+        quant.freeze((quant.observe(student)(images), student)[1])
+        quantizer = next(iter(quant.input_quantizers(student).values()))
+        assert 0.9 * top < quantizer.max_val.item() <= top and quantizer.bits == [8]
+
+
+def test_each_branch_that_takes_the_images_takes_them_at_eight_bits():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            return self.c(torch.cat([self.a(x), self.b(x)], 1))
+    student = quant.quantize_model(Branches(), 4, 2, input_range=(-3.0, 3.0))
+    quant.observe(student)(torch.rand(2, 3, 8, 8))
+    assert [layer.input_quantizer.bits for layer in (student.a, student.b, student.c)] == [[8], [8], [2]]
+    assert [layer.input_quantizer.max_val.item() for layer in (student.a, student.b)] == [3, 3]
+
+
 class Attention(nn.Module):
     """One layer is used through its weight alone, one has two names, and a parameter has the name of a quantizer's."""
 
