@@ -407,11 +407,12 @@ def compensate_rounding(student, teacher, batches, damping=0.1, block=1024):
     for name, layer in layers.items():
         weight = layer.weight.flatten(1).unflatten(0, (getattr(layer, "groups", 1), -1)).clone()  # (groups, O / groups, n)
         for index, w in enumerate(weight.split(block, 2)):
-            if (name, index) not in moments:  # a layer that did not run
+            h = moments.get((name, index))
+            if h is None or not h.isfinite().all():  # a layer that did not run, or images that are NaN
                 continue
-            h = moments[name, index] / len(batches)
+            h = h.double() / len(batches)                                               # as it is near to singular
             h.diagonal(dim1=1, dim2=2).add_(damping * h.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp(min=1e-12))
-            u = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)[:, None]         # (groups, 1, n, n)
+            u = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)[:, None].float()  # (groups, 1, n, n)
             for j in range(w.shape[2]):
                 rounded = fake_quantize(w[:, :, j].flatten(), *weight_qparams(layer), axis=0).view_as(w[:, :, j])
                 error = (w[:, :, j] - rounded) / u[:, :, j, j]
