@@ -659,8 +659,8 @@ def prepare_teacher(teacher, image_size, num_classes, channels, classifier, devi
     try:
         teacher = copy_without_hooks(teacher).float().eval().requires_grad_(False)
     except RuntimeError as error:
-        raise BadInput(f"the teacher cannot be copied ({first_line(error)}): undo weight normalisation or pruning first, and give the "
-                       "module itself, not one that torch.jit made of it") from error
+        raise BadInput(f"the teacher cannot be copied ({first_line(error)}): undo weight normalisation or pruning first, and "
+                       "give the module itself, not one that torch.jit made of it") from error
     teacher.to(device, memory_format=torch.channels_last)
     layer = find_classifier(teacher, num_classes, classifier)
     with torch.no_grad():
@@ -670,8 +670,8 @@ def prepare_teacher(teacher, image_size, num_classes, channels, classifier, devi
             again = F.linear(features, layer.weight.flatten(1), layer.bias)
         except (RuntimeError, IndexError, ValueError, AttributeError, TypeError) as error:
             raise BadInput(f"the teacher cannot be run on {image_size} x {image_size} images, or not through the layer taken for "
-                           f"its classifier, or gives no tensor ({first_line(error)}): check image_size and classifier, and use .reshape "
-                           "or .flatten in its forward, not .view, since tensors are channels-last") from error
+                           f"its classifier, or gives no tensor ({first_line(error)}): check image_size and classifier, and "
+                           "use .reshape or .flatten in its forward, not .view, since tensors are channels-last") from error
         if not norms:
             raise BadInput("the teacher has no BatchNorm2d with running statistics, which the method needs: of another kind, such "
                            "as SyncBatchNorm, convert it first")

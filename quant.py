@@ -127,12 +127,11 @@ class InputQuantizer(nn.Module):
     """Quantizer of one layer's input, with one range for each time that the layer runs in a forward pass: returns the input
     in steps of its grid, and the step.
 
-    Buffers min_val, max_val: (calls,), empty until images were observed; scale, zero_point: (calls,), empty until
-    `freeze`. `calls_so_far` is one
-    Counter for the whole model, emptied when a forward pass starts: it tells which run of the layer this one is, and
-    whether the layer is the first of the network, whose input has `input_bits` instead of `bits`, as has any layer's that
-    takes the images themselves. These have `input_range` too, but not the first layer if what it sees spans less than half
-    of that: the model normalises images once more within itself.
+    Buffers min_val, max_val: (calls,), empty until images were observed; scale, zero_point: (calls,), empty until `freeze`.
+    `calls_so_far` is one Counter for the whole model, emptied when a forward pass starts: it tells which run of the layer this
+    one is, and whether the layer is the first of the network, whose input has `input_bits` instead of `bits`, as has any
+    layer's that takes the images themselves. These have `input_range` too, but for a first layer that sees something else
+    and less than half as wide: the model normalises images once more within itself.
     """
 
     def __init__(self, bits, symmetric, input_bits, input_range, calls_so_far):
@@ -262,7 +261,7 @@ def quantize_model(model, w_bits, a_bits, symmetric=False, input_bits=8, input_r
     themselves. input_range: (min, max) that images have in any case, which is widened to what is observed. The copy is in
     evaluation mode, its parameters learn, the grids of its weights are those of calculate_range for the weights of `model`
     and stay, its BatchNorm2d layers stay in evaluation mode for good, and it has no activation ranges yet: see observe, freeze.
-    Raises ValueError for other bits, TypeError for a layer with a forward of its own or a parametrized weight.
+    Raises ValueError for other bits, TypeError for a layer with a forward of its own or a computed weight.
     """
     for bits in (w_bits, a_bits, input_bits):
         quant_bounds(bits, symmetric)
@@ -371,9 +370,9 @@ def correct_batch_norm(student, teacher, batches):
 def compensate_rounding(student, teacher, batches, damping=0.1, block=1024):
     """Move the student's weights so that, rounded, the errors of one make up for those of the others.
 
-    batches: images, (B, C, H, W) each, on which each layer's inputs x, (n,) at each place, are seen in the teacher. Rounding
-    to nearest makes the error of each weight least. The error of a layer's output is less if the weights of an output channel
-    are rounded one after the other, and those which are not yet rounded take up what it did to the output:
+    batches: a list of images, (B, C, H, W) each, on which the layers' inputs x, (n,) at each place, are seen in the teacher.
+    Rounding to nearest makes the error of each weight least. The error of a layer's output is less if the weights of an output
+    channel are rounded one after the other, and those which are not yet rounded take up what it did to the output:
         q_j = rounded w_j        w_k -= (w_j - q_j) U_jk / U_jj,  k > j
     with U the upper Cholesky factor of H^-1 and H = mean of x x^T over places and batches, to whose diagonal `damping` times
     its mean is added. The weights stay float, as those that round to q, and the grids as they are. Layers of more than
