@@ -370,16 +370,16 @@ def correct_batch_norm(student, teacher, batches):
 def compensate_rounding(student, teacher, batches, damping=0.1, block=1024):
     """Move the student's weights so that, rounded, the errors of one make up for those of the others.
 
-    batches: a list of images, (B, C, H, W) each, on which the layers' inputs x, (n,) at each place, are seen in the teacher.
+    batches: images, (B, C, H, W) each, on which the layers' inputs x, (n,) at each place, are seen in the teacher.
     Rounding to nearest makes the error of each weight least. The error of a layer's output is less if the weights of an output
     channel are rounded one after the other, and those which are not yet rounded take up what it did to the output:
         q_j = rounded w_j        w_k -= (w_j - q_j) U_jk / U_jj,  k > j
-    with U the upper Cholesky factor of H^-1 and H = mean of x x^T over places and batches, to whose diagonal `damping` times
-    its mean is added. The weights stay float, as those that round to q, and the grids as they are. Layers of more than
+    with U the upper Cholesky factor of H^-1 and H = sum of x x^T over places and batches, to whose diagonal `damping` times
+    its mean is added (the size of H makes no difference). The weights stay float, as those that round to q, and the grids as they are. Layers of more than
     `block` inputs are treated as several. Returns the student.
     Source: GPTQ, Frantar et al., arXiv 2210.17323, section 3; here on generated images.
     """
-    teacher, moments = copy_without_hooks(teacher).eval(), {}
+    teacher, layers, moments = copy_without_hooks(teacher).eval(), quant_layers(student), {}
 
     def measure(name):
         def hook(layer, args):
@@ -393,24 +393,21 @@ def compensate_rounding(student, teacher, batches, damping=0.1, block=1024):
             else:
                 x = x.reshape(1, -1, x.shape[-1]).mT
             for index, part in enumerate(x.split(block, 1)):
-                moments[name, index] = moments.get((name, index), 0) + part @ part.mT / part.shape[2]
+                moments[name, index] = moments.get((name, index), 0) + part @ part.mT
         return hook
-    layers, hooks = quant_layers(student), []
-    try:
-        hooks += [teacher.get_submodule(name).register_forward_pre_hook(measure(name)) for name in layers]
-        for images in batches:
-            teacher(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for name in layers:
+        teacher.get_submodule(name).register_forward_pre_hook(measure(name))            # of the copy, which ends here
+    for images in batches:
+        teacher(images)
     for name, layer in layers.items():
         weight = layer.weight.flatten(1).unflatten(0, (getattr(layer, "groups", 1), -1)).clone()  # (groups, O / groups, n)
         for index, w in enumerate(weight.split(block, 2)):
             h = moments.get((name, index))
             if h is None or not h.isfinite().all():  # a layer that did not run, or images that are NaN
                 continue
-            h = h.double() / len(batches)                                               # as it is near to singular
-            h.diagonal(dim1=1, dim2=2).add_(damping * h.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp(min=1e-12))
+            h = h.double()                                                              # as it is near to singular
+            diagonal = h.diagonal(dim1=1, dim2=2)
+            diagonal += damping * diagonal.mean(1, keepdim=True).clamp(min=1e-12)
             u = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)[:, None].float()  # (groups, 1, n, n)
             for j in range(w.shape[2]):
                 rounded = fake_quantize(w[:, :, j].flatten(), *weight_qparams(layer), axis=0).view_as(w[:, :, j])
