@@ -13,9 +13,9 @@ Result (README): ResNet-20 on CIFAR-10, 2-bit weights and 4-bit activations, 400
 +- 0.4 % top-1 of 88.0, where plain quantization leaves 29.3; three to five minutes on one CPU core.
 
 The algorithm, as numbered in quantize():
- 1. Once, after the generator's warm-up, by its images: each class's centroid; the ranges of Q's activations; Q's weights,
-    moved so that their rounding errors make up for one another; and what rounding still did to the mean and the spread of
-    each channel, for which Q's batch norms are corrected: of rounded weights first, then of activations too.
+ 1. Once, after the generator's warm-up, by its images: each class's centroid; the ranges of Q's activations; what rounded
+    weights do to the mean and the spread of each channel, for which Q's batch norms are corrected; and, layer after layer,
+    Q's weights, moved so that they make up for rounding errors, with the batch norms corrected once more.
  2. Draw noise z and labels y, and images x = G(z, y) from them.
  3. Generator step on L_G = L_CE + a L_BNS + b L_SFDA, through the frozen P; G learns alone, without L_SFDA, at first.
  4. The centroids follow the images as exponential moving averages.
@@ -358,8 +358,8 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
              generator_optimizer=generator_optimizer, student_optimizer=student_optimizer) as run:
         for step in range(run.step, iterations):
             # 1. Once, after the generator's warm-up, by its images: each class's centroid; activation ranges, after which
-            # plain quantization is measured, and what rounding did: to each layer's output, and to each channel's mean
-            # and spread.
+            # plain quantization is measured, and what rounding did: to each channel's mean and spread, and to each
+            # layer's output.
             if step == warm_iterations:
                 observe(student)
                 batches = []
@@ -374,9 +374,8 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
                         student(batches[-1])
                 freeze(student)
                 run.measure("ptq")
-                compensate_rounding(student, teacher, batches)
                 correct_batch_norm(observe(student), teacher, batches)  # activations in float; their ranges go on moving
-                correct_batch_norm(freeze(student), teacher, batches)   # and quantized
+                compensate_rounding(freeze(student), teacher, batches)  # and quantized; it corrects batch norms too
                 del batches
 
             # 2. Draw noise and labels, and images from them.

@@ -12,9 +12,9 @@ Result (README): ResNet-20 on CIFAR-10, 2-bit weights and 4-bit activations, 400
 +- 0.1 % top-1 of 88.0, where plain quantization leaves 29.5; three to five minutes on one CPU core.
 
 The algorithm, as numbered in quantize():
- 1. Once, after the generator's warm-up, by its images: the ranges of Q's activations; Q's weights, moved so that their
-    rounding errors make up for one another; and what rounding still did to the mean and the spread of each channel, for
-    which Q's batch norms are corrected: of rounded weights first, then of activations too.
+ 1. Once, after the generator's warm-up, by its images: the ranges of Q's activations; what rounded weights do to the mean
+    and the spread of each channel, for which Q's batch norms are corrected; and, layer after layer, Q's weights, moved so
+    that they make up for rounding errors, with the batch norms corrected once more.
  2. Draw noise z and labels y, and images x = G(z, y) from them.
  3. Generator step on L_G = L_AMA + a L_BNS, through the frozen P; G learns alone at first.
  4. Student step on the same images: L_Q = CE(Q(x), y) + L_DKD, CE only where P sees y in x.
@@ -339,7 +339,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
              generator_optimizer=generator_optimizer, student_optimizer=student_optimizer) as run:
         for step in range(run.step, iterations):
             # 1. Once, after the generator's warm-up, by its images: activation ranges, after which plain quantization is
-            # measured, and what rounding did: to each layer's output, and to each channel's mean and spread.
+            # measured, and what rounding did: to each channel's mean and spread, and to each layer's output.
             if step == warm_iterations:
                 observe(student)
                 with torch.no_grad():
@@ -349,9 +349,8 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
                         student(images)
                 freeze(student)
                 run.measure("ptq")
-                compensate_rounding(student, teacher, batches)
                 correct_batch_norm(observe(student), teacher, batches)  # activations in float; their ranges go on moving
-                correct_batch_norm(freeze(student), teacher, batches)   # and quantized
+                compensate_rounding(freeze(student), teacher, batches)  # and quantized; it corrects batch norms too
                 del batches
 
             # 2. Draw noise and labels, and images from them.

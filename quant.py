@@ -3,10 +3,9 @@
 
     student = quantize_model(model, w_bits=4, a_bits=4)   # a copy; `model` stays as it is
     observe(student); student(images)                     # learn the activation ranges
-    compensate_rounding(student, model, [images])         # let the rounding errors of weights make up for one another
     correct_batch_norm(student, model, [images])          # undo what rounded weights do to each channel's mean and spread
     freeze(student)                                       # fix the ranges; from here on the student is quantized and trains
-    correct_batch_norm(student, model, [images])          # undo what rounded activations do to them too
+    compensate_rounding(student, model, [images])         # let weights make up for rounding errors, of activations too
     torch.save(pack(student), "student.pt")
     student = unpack(torch.load("student.pt", weights_only=True), model)
 
@@ -331,6 +330,19 @@ def correct_batch_norm(student, teacher, batches):
     1810.05723; here measured on images.
     """
     teacher = copy_without_hooks(teacher).eval()  # in training mode it would change its running statistics
+    hooks = correction_hooks(student, teacher)
+    try:
+        for images in batches:
+            teacher(images)
+            student(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return student
+
+
+def correction_hooks(student, teacher):
+    """Hooks by which each run of the teacher, followed by one of the student, corrects the student's batch norms."""
     norms = [[layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None]
              for model in (teacher, student)]
     expected, averages, counts = {}, {}, Counter()  # each by the number of the batch norm, which may run more than once
@@ -353,68 +365,97 @@ def correct_batch_norm(student, teacher, batches):
             layer.running_mean.copy_(student_m + r * (original.running_mean - m))
             layer.running_var.copy_((r.square() * (original.running_var + layer.eps) - layer.eps).clamp(min=0))
         return hook
-    hooks = []
+    return [layer.register_forward_pre_hook(kind(index))
+            for layers, kind in zip(norms, (measure, correct)) for index, layer in enumerate(layers)]
+
+
+@torch.no_grad()
+def compensate_rounding(student, teacher, batches, prior=100, damping=0.3, places=40_000, block=1024, numbers=2 ** 28):
+    """Move the student's weights so that each layer, quantized, gives what it gives in the teacher, as nearly as it can.
+
+    batches: images, (B, C, H, W) each, which all go through the student at once, or as many as have no more than `numbers`
+    numbers as output of one layer (a gigabyte; 334 of 224 x 224 pixels in a ResNet-18). As they pass, the layers are seen to
+    in turn, each by what the layers before it, seen to, make of the images. With x, (n,), a layer's input in the student at some
+    `places` places, quantized unless the student observes, y the layer's output there in the teacher, H = sum of x x^T and
+    W the teacher's weight, the weights that fit are
+        W + (sum of y x^T - W H) (H + r I)^-1
+    where r, `prior` n / places times the mean of H's diagonal, keeps them the nearer to W the less is known. Then the weights of
+    an output channel are rounded one after the other, and those not yet rounded take up what that did to the output,
+        q_j = rounded w_j        w_k -= (w_j - q_j) U_jk / U_jj,  k > j
+    with U the upper Cholesky factor of the inverse of H + `damping` times the mean of its diagonal. The weights stay float, as
+    those that round to q, and the grids as they are. Layers of more than `block` inputs are done block by block. Batch norms
+    are corrected as they run, see correct_batch_norm. A layer that runs again is left as its first run made it. Returns the
+    student.
+    Source: GPTQ, Frantar et al., arXiv 2210.17323, section 3, and, of fitting the teacher's outputs, GPTAQ, Li et al., arXiv
+    2504.02692; here on generated images, and with the prior.
+    """
+    images, teacher, layers = torch.cat(list(batches)), copy_without_hooks(teacher).eval(), quant_layers(student)
+    sizes, targets = [1], {}
+    hooks = [teacher.get_submodule(name).register_forward_hook(lambda layer, args, y: sizes.append(y.numel())) for name in layers]
+    teacher(images[:1])
+    for hook in hooks:
+        hook.remove()
+    images = images[:max(1, numbers // max(sizes))]
+    hooks = correction_hooks(student, teacher)
+
+    def keep(name):
+        def hook(layer, args, y):
+            if layer.bias is not None:
+                y = y - broadcast_along(layer.bias, y, 1 if isinstance(layer, nn.Conv2d) else y.dim() - 1)
+            skip = max(1, round((y[:, 0].numel() / places) ** 0.5))                     # of a convolution's places
+            if isinstance(layer, nn.Conv2d):
+                y = y[:, :, ::skip, ::skip].unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3, 4).flatten(2)
+            else:
+                y = y.reshape(1, -1, y.shape[-1]).mT
+            targets.setdefault(name, (skip, y.float().clone()))                         # (groups, O / groups, places)
+        return hook
+
+    def compensate(name, layer):
+        def hook(quantizer, args, result):
+            if name not in targets:
+                return
+            (skip, y), x, weight = targets.pop(name), result[0] * result[1], teacher.get_submodule(name).weight
+            if isinstance(layer, nn.Conv2d):
+                mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+                x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+                x = F.unfold(x, layer.kernel_size, layer.dilation, 0, [skip * stride for stride in layer.stride])
+                x = x.unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3).flatten(2)   # (groups, n, places)
+            else:
+                x = x.reshape(1, -1, x.shape[-1]).mT
+            h, yx = (x @ x.mT).double(), (y @ x.mT).double()                            # as h is near to singular
+            if not (h.isfinite().all() and yx.isfinite().all()):                        # images that are NaN
+                return
+            w = weight.flatten(1).unflatten(0, (len(h), -1)).double()                   # (groups, O / groups, n)
+            layer.weight.copy_(compensated(layer, w, h, yx, prior * x.shape[1] / x.shape[2], damping, block).view(weight.shape))
+        return hook
+    for name, layer in layers.items():
+        hooks.append(teacher.get_submodule(name).register_forward_hook(keep(name)))
+        hooks.append(layer.input_quantizer.register_forward_hook(compensate(name, layer)))  # before the weight is used
     try:
-        for layers, kind in zip(norms, (measure, correct)):
-            hooks += [layer.register_forward_pre_hook(kind(index)) for index, layer in enumerate(layers)]
-        for images in batches:
-            teacher(images)
-            student(images)
+        teacher(images)
+        student(images)
     finally:
         for hook in hooks:
             hook.remove()
     return student
 
 
-@torch.no_grad()
-def compensate_rounding(student, teacher, batches, damping=0.1, block=1024):
-    """Move the student's weights so that, rounded, the errors of one make up for those of the others.
-
-    batches: images, (B, C, H, W) each, on which the layers' inputs x, (n,) at each place, are seen in the teacher.
-    Rounding to nearest makes the error of each weight least. The error of a layer's output is less if the weights of an output
-    channel are rounded one after the other, and those which are not yet rounded take up what it did to the output:
-        q_j = rounded w_j        w_k -= (w_j - q_j) U_jk / U_jj,  k > j
-    with U the upper Cholesky factor of H^-1 and H = sum of x x^T over places and batches, to whose diagonal `damping` times
-    its mean is added (the size of H makes no difference). The weights stay float, as those that round to q, and the grids as they are. Layers of more than
-    `block` inputs are treated as several. Returns the student.
-    Source: GPTQ, Frantar et al., arXiv 2210.17323, section 3; here on generated images.
-    """
-    teacher, layers, moments = copy_without_hooks(teacher).eval(), quant_layers(student), {}
-
-    def measure(name):
-        def hook(layer, args):
-            x, groups = args[0].float(), 1
-            if isinstance(layer, nn.Conv2d):
-                groups, mode = layer.groups, "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-                x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-                skip = max(1, int((x[:, 0].numel() / 4000) ** 0.5))                     # some 4,000 places a batch are enough
-                x = F.unfold(x, layer.kernel_size, layer.dilation, 0, [skip * stride for stride in layer.stride])
-                x = x.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(2)         # (groups, n, places)
-            else:
-                x = x.reshape(1, -1, x.shape[-1]).mT
-            for index, part in enumerate(x.split(block, 1)):
-                moments[name, index] = moments.get((name, index), 0) + part @ part.mT
-        return hook
-    for name in layers:
-        teacher.get_submodule(name).register_forward_pre_hook(measure(name))            # of the copy, which ends here
-    for images in batches:
-        teacher(images)
-    for name, layer in layers.items():
-        weight = layer.weight.flatten(1).unflatten(0, (getattr(layer, "groups", 1), -1)).clone()  # (groups, O / groups, n)
-        for index, w in enumerate(weight.split(block, 2)):
-            h = moments.get((name, index))
-            if h is None or not h.isfinite().all():  # a layer that did not run, or images that are NaN
-                continue
-            h = h.double()                                                              # as it is near to singular
-            diagonal = h.diagonal(dim1=1, dim2=2)
-            diagonal += damping * diagonal.mean(1, keepdim=True).clamp(min=1e-12)
-            u = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)[:, None].float()  # (groups, 1, n, n)
-            for j in range(w.shape[2]):
-                rounded = fake_quantize(w[:, :, j].flatten(), *weight_qparams(layer), axis=0).view_as(w[:, :, j])
-                error = (w[:, :, j] - rounded) / u[:, :, j, j]
-                w[:, :, j + 1:] -= error[:, :, None] * u[:, :, j, j + 1:]
-        layer.weight.copy_(weight.view(layer.weight.shape))
-    return student
+def compensated(layer, w, h, yx, prior, damping, block):
+    """A layer's weights, (groups, O / groups, n) float64, as compensate_rounding moves them."""
+    moved, qparams = torch.empty_like(w), weight_qparams(layer)
+    for start in range(0, w.shape[2], block):
+        part = slice(start, start + block)
+        own = h[:, part, part]
+        unit = own.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)[:, None, None] * torch.eye(own.shape[1]).to(own)
+        # The blocks before it have been rounded in w: what that did is among what is fitted.
+        v = w[:, :, part] + torch.linalg.solve(own + prior * unit, (yx[:, :, part] - w @ h[:, :, part]).mT).mT
+        u = torch.linalg.cholesky(torch.linalg.inv(own + damping * unit), upper=True)[:, None]
+        q = torch.empty_like(v)
+        for j in range(v.shape[2]):
+            q[:, :, j] = fake_quantize(v[:, :, j].float().flatten(), *qparams, axis=0).view_as(v[:, :, j])
+            v[:, :, j + 1:] -= ((v[:, :, j] - q[:, :, j]) / u[:, :, j, j])[:, :, None] * u[:, :, j, j + 1:]
+        w[:, :, part], moved[:, :, part] = q, v
+    return moved.float()
 
 
 # ------------------------------------------------------------------------------------------------ integers on disk

@@ -5,6 +5,7 @@ import copy
 import inspect
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -114,9 +115,9 @@ class Odd(nn.Module):
         return self.head(F.relu(self.last(self.twice(50 * x))).mean((2, 3)))
 
 
-def calibrated(model, bits=(4, 4), size=16, **kwargs):
+def calibrated(model, bits=(4, 4), size=16, images=None, **kwargs):
     student = quant.quantize_model(model, *bits, **kwargs)
-    quant.observe(student)(torch.randn(8, 3, size, size))
+    quant.observe(student)(torch.randn(8, 3, size, size) if images is None else images)
     return quant.freeze(student)
 
 
@@ -255,7 +256,7 @@ def test_state_dict_brings_the_ranges_along():
     assert torch.equal(again(x), student(x)) and torch.equal(copy.deepcopy(student)(x), student(x))
 
 
-@pytest.mark.parametrize("activations", ("float", "quantized", "float, then quantized"))
+@pytest.mark.parametrize("activations", ("float", "quantized", "float, then quantized", "quantized, with weights moved"))
 def test_batch_norms_after_correction_give_what_they_give_in_the_teacher(activations):
     teacher = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8),
                             nn.BatchNorm2d(8, affine=False)).eval()
@@ -274,18 +275,20 @@ def test_batch_norms_after_correction_give_what_they_give_in_the_teacher(activat
     off = apart()
     if activations == "float, then quantized":
         quant.freeze(quant.correct_batch_norm(quant.observe(student), teacher, batches))
+    correct = quant.compensate_rounding if "moved" in activations else quant.correct_batch_norm
     before, of_teacher = state_bytes(student), state_bytes(teacher)
-    assert quant.correct_batch_norm(student, teacher.train(), batches) is student       # the teacher's mode does not matter
+    assert correct(student, teacher.train(), batches) is student                        # the teacher's mode does not matter
     assert same(of_teacher, state_bytes(teacher)) and teacher.training
     teacher.eval()
     once = apart()
     assert (once.amax(1) < torch.tensor([0.1, 0.4]) * off.amin(1)).all()
-    quant.correct_batch_norm(student, teacher, batches)                                 # nothing is corrected twice
+    correct(student, teacher, batches)                                                  # nothing is corrected twice
     assert torch.allclose(apart(), once, atol=0.01)
     changed = {key for key, value in student.state_dict().items() if torch.is_tensor(value) and not torch.equal(value, before[key])}
     if activations == "float":                                                          # whose ranges go on moving
         changed = {key for key in changed if "quantizer" not in key}
-    assert changed == {f"{i}.running_{name}" for i in (1, 4) for name in ("mean", "var")}
+    assert changed - {"0.weight", "3.weight"} == {f"{i}.running_{name}" for i in (1, 4) for name in ("mean", "var")}
+    assert ({"0.weight", "3.weight"} <= changed) == ("moved" in activations)
     assert not any(layer._forward_pre_hooks for model in (teacher, student) for layer in (model[1], model[4]))
 
 
@@ -308,50 +311,75 @@ def test_correction_bounds_what_a_channel_without_spread_is_multiplied_by():
     assert torch.allclose(ratio, torch.tensor([1 / 16, 16]))
 
 
-def test_rounding_errors_make_up_for_one_another():
-    """Each layer's output on its own inputs, with its weights rounded as they are and as moved by compensate_rounding."""
+def layer_errors(student, teacher, images):
+    """Mean squared difference of each layer's output, in a Sequential, between student and teacher."""
+    errors, x, y = {}, images, images
+    student.calls_so_far.clear()
+    for index, (ours, theirs) in enumerate(zip(student, teacher)):
+        x, y = ours(x), theirs(y)
+        if hasattr(ours, "weight_scale"):
+            errors[index] = (x - y).square().mean()
+    return errors
+
+
+@pytest.mark.parametrize("activations", ("float", "quantized"))
+def test_rounding_errors_make_up_for_one_another(activations):
     teacher = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, stride=2, dilation=2, groups=4), nn.ReLU(),
-        nn.Conv2d(12, 6, (3, 1), padding="same", padding_mode="reflect"), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 5))
-    batches = [F.avg_pool2d(torch.randn(8, 3, 20, 20), 5, 1) for _ in range(3)]
-    plain, moved = (quant.quantize_model(teacher, 3, 8) for _ in range(2))
+        nn.Conv2d(12, 6, (3, 1), padding="same", padding_mode="reflect"), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 5)).eval()
+    batches = [F.avg_pool2d(torch.randn(24, 3, 20, 20), 5, 1) for _ in range(3)]
+    plain, moved = (calibrated(teacher, images=batches[0], bits=(3, 4)) for _ in range(2))
+    if activations == "float":
+        quant.observe(plain), quant.observe(moved)
     before, of_teacher = state_bytes(moved), state_bytes(teacher)
-    assert quant.compensate_rounding(moved, teacher, batches) is moved
-    assert same(of_teacher, state_bytes(teacher)) and teacher.training and not any(m._forward_pre_hooks for m in teacher)
+    assert quant.compensate_rounding(moved, teacher.train(), batches) is moved
+    assert same(of_teacher, state_bytes(teacher)) and teacher.training
+    assert not any(m._forward_pre_hooks or m._forward_hooks for model in (teacher, moved) for m in model.modules() if m is not moved)
     changed = {key for key, value in moved.state_dict().items() if torch.is_tensor(value) and not torch.equal(value, before[key])}
-    assert changed == {f"{i}.weight" for i in (0, 3, 5, 8)}
+    assert {key for key in changed if "quantizer" not in key} == {f"{i}.weight" for i in (0, 3, 5, 8)} | {"1.running_mean", "1.running_var"}
+    assert activations == "float" or not any("quantizer" in key for key in changed)
     x = torch.cat(batches)
-    for index, layer in enumerate(teacher.eval()):
-        y = layer(x)
-        if f"{index}.weight" in changed:
-            errors = []
-            for student in (plain, moved):
-                rounded = copy.deepcopy(layer)
-                rounded.weight.data = quant.fake_quantize(student[index].weight.data, *quant.weight_qparams(student[index]), axis=0)
-                errors.append((rounded(x) - y).square().mean())
-            assert errors[1] < 0.7 * errors[0], index
-        x = y
+    plain, moved = (layer_errors(student, teacher.eval(), x) for student in (plain, moved))
+    assert plain.keys() == moved.keys() == {0, 3, 5, 8} and all(moved[i] < 0.7 * plain[i] for i in plain)
+
+
+def test_weights_make_up_for_what_the_layers_before_them_lost():
+    teacher = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3)).eval()
+    images = F.avg_pool2d(torch.randn(64, 3, 16, 16), 3, 1)
+    fitted, kept = (quant.compensate_rounding(calibrated(teacher, images=images, bits=(8, 2)), teacher, [images], prior=prior)
+                    for prior in (1, 1e9))
+    fitted, kept = (layer_errors(student, teacher, images) for student in (fitted, kept))
+    assert fitted[2] < 0.9 * kept[2] and fitted[4] < 0.9 * kept[4]
 
 
 def test_what_a_rounded_weight_did_is_taken_up_by_the_next_as_least_squares_would():
     teacher, images = nn.Sequential(nn.Linear(2, 40, bias=False)), torch.randn(50, 2) @ torch.tensor([[1.0, 0.8], [0.0, 0.5]])
-    student = quant.compensate_rounding(quant.quantize_model(teacher, 2, 8), teacher, [images], damping=0.0)
     w0, w1 = teacher[0].weight.detach().unbind(1)
-    q0 = quant.fake_quantize(teacher[0].weight.detach(), *quant.weight_qparams(student[0]), axis=0)[:, 0]
     x0, x1 = images.unbind(1)
-    assert torch.equal(student[0].weight[:, 0], w0)
-    assert torch.allclose(student[0].weight[:, 1], w1 + (w0 - q0) * (x0 @ x1) / (x1 @ x1), atol=1e-5)
-    apart = quant.compensate_rounding(quant.quantize_model(teacher, 2, 8), teacher, [images], block=1)  # nothing to take it up
-    assert torch.equal(apart[0].weight, teacher[0].weight)
+    for block in (2, 1):
+        student = quant.observe(quant.quantize_model(teacher, 2, 8))
+        quant.compensate_rounding(student, teacher, [images], prior=0, damping=0, block=block)
+        q0 = quant.fake_quantize(teacher[0].weight.detach(), *quant.weight_qparams(student[0]), axis=0)[:, 0]
+        assert torch.allclose(student[0].weight[:, 0], w0, atol=1e-5)
+        assert torch.allclose(student[0].weight[:, 1], w1 + (w0 - q0) * (x0 @ x1) / (x1 @ x1), atol=1e-5)
+
+
+def test_compensation_goes_by_no_more_images_than_said():
+    teacher, seen = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), []
+    student = quant.observe(quant.quantize_model(teacher, 3, 8))
+    student[1].register_forward_hook(lambda layer, args, y: seen.append(len(y)))
+    quant.compensate_rounding(student, teacher, [torch.rand(4, 3, 8, 8)] * 3, numbers=7 * 4 * 6 * 6 + 9)  # of outputs
+    assert seen == [7]
 
 
 def test_a_layer_that_does_not_run_or_sees_nothing_is_compensated_without_harm():
     teacher = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3)).eval()
     nn.init.zeros_(teacher[0].weight), nn.init.zeros_(teacher[0].bias)
     teacher[1].unused = nn.Linear(3, 3)
-    student = quant.compensate_rounding(quant.quantize_model(teacher, 3, 8), teacher, [torch.rand(2, 3, 8, 8)])
-    quant.compensate_rounding(student, teacher, [torch.full((2, 3, 8, 8), torch.nan)])
-    assert same(state_bytes(student), state_bytes(quant.quantize_model(teacher, 3, 8)))
+    student = quant.observe(quant.quantize_model(teacher, 3, 8))
+    for images in (torch.rand(2, 3, 8, 8), torch.full((2, 3, 8, 8), torch.nan)):
+        quant.compensate_rounding(student, teacher, [images])
+    assert all(torch.equal(p, q) for p, q in zip(student.parameters(), teacher.parameters()))
 
 
 def test_a_layer_with_its_own_forward_or_a_computed_weight_is_refused():
@@ -789,6 +817,7 @@ def test_batch_norms_are_corrected_with_activations_in_float_and_then_quantized(
         observing.append({quantizer.observing for quantizer in quant.input_quantizers(student).values()})
         return quant.correct_batch_norm(student, *args)
     monkeypatch.setattr(script, "correct_batch_norm", watching)
+    monkeypatch.setattr(script, "compensate_rounding", watching)                        # which corrects them too
     student, _ = script.quantize(teacher, **SMALL, iterations=2, warmup=0.5)
     assert observing == [{True}, {False}]
     assert not torch.equal(student.bn.running_mean, teacher.bn.running_mean)
@@ -805,6 +834,20 @@ def test_rates_and_weights_left_out_follow_from_classes_and_bits(w_bits, num_cla
     _, result = script.quantize(teacher, **{**SMALL, "w_bits": w_bits, "num_classes": num_classes}, iterations=1)
     assert result["student_lr"] == student_lr and result["bns_weight"] == bns_weight and clipped_to == [max_norm]
     assert script is clusterq or result["margin"] == (-0.5 if num_classes <= 100 else 0)
+
+
+def test_the_student_learns_by_sgd_at_a_rate_that_falls_as_a_cosine_and_the_generator_by_adam(teacher, script, monkeypatch):
+    seen = {}
+    for kind in (torch.optim.SGD, torch.optim.Adam):
+        class Watched(kind):
+            def step(self, *args):
+                seen.setdefault(type(self).__bases__[0].__name__, []).append(dict(self.param_groups[0]))
+                return super().step(*args)
+        monkeypatch.setattr(torch.optim, kind.__name__, Watched)
+    script.quantize(teacher, **SMALL, iterations=10, warmup=0.2, student_lr=0.01)
+    assert [group["lr"] for group in seen["SGD"]] == pytest.approx([0.005 * (1 + math.cos(math.pi * i / 8)) for i in range(8)])
+    assert all((group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 1e-4) for group in seen["SGD"])
+    assert [(group["lr"], group["betas"]) for group in seen["Adam"]] == [(1e-3, (0.5, 0.999))] * 10
 
 
 def test_quantize_is_the_same_for_the_same_seed(teacher, script):
