@@ -342,7 +342,8 @@ def correct_batch_norm(student, teacher, batches):
 
 
 def correction_hooks(student, teacher):
-    """Hooks by which each run of the teacher, followed by one of the student, corrects the student's batch norms."""
+    """Register hooks by which each run of the teacher and then of the student corrects the student's batch norms; returns
+    their handles."""
     norms = [[layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None]
              for model in (teacher, student)]
     expected, averages, counts = {}, {}, Counter()  # each by the number of the batch norm, which may run more than once
@@ -371,66 +372,66 @@ def correction_hooks(student, teacher):
 
 @torch.no_grad()
 def compensate_rounding(student, teacher, batches, prior=100, damping=0.3, places=40_000, block=1024, numbers=2 ** 28):
-    """Move the student's weights so that each layer, quantized, gives what it gives in the teacher, as nearly as it can.
+    """Move the weights of a student that has not trained so that each layer, quantized, gives what it gives in the teacher.
 
-    batches: images, (B, C, H, W) each, which all go through the student at once, or as many as have no more than `numbers`
-    numbers as output of one layer (a gigabyte; 334 of 224 x 224 pixels in a ResNet-18). As they pass, the layers are seen to
-    in turn, each by what the layers before it, seen to, make of the images. With x, (n,), a layer's input in the student at some
-    `places` places, quantized unless the student observes, y the layer's output there in the teacher, H = sum of x x^T and
-    W the teacher's weight, the weights that fit are
-        W + (sum of y x^T - W H) (H + r I)^-1
-    where r, `prior` n / places times the mean of H's diagonal, keeps them the nearer to W the less is known. Then the weights of
-    an output channel are rounded one after the other, and those not yet rounded take up what that did to the output,
+    batches: images, (B, C, H, W) each, all of one size; they go through the student at once, or as many as have no more than
+    `numbers` numbers as output of one layer (a gigabyte, of which a few are needed; 334 images of 224 x 224 pixels for a
+    ResNet-18). As they pass, the layers are seen to in turn, each by what the layers before it, seen to, make of the images.
+    At some `places` places, with x, (n,), a layer's input in the student (quantized, unless the student observes), y its
+    output in the teacher, without bias, and W its weight there, H = sum of x x^T, and r `prior` times the mean of |x|^2, so
+    that W counts as much as `prior` places, the weights that fit are
+        W + (sum of (y - W x) x^T) (H + r I)^-1
+    Then the weights of an output channel are rounded one after the other, and those not yet rounded take up what that did,
         q_j = rounded w_j        w_k -= (w_j - q_j) U_jk / U_jj,  k > j
     with U the upper Cholesky factor of the inverse of H + `damping` times the mean of its diagonal. The weights stay float, as
-    those that round to q, and the grids as they are. Layers of more than `block` inputs are done block by block. Batch norms
-    are corrected as they run, see correct_batch_norm. A layer that runs again is left as its first run made it. Returns the
-    student.
+    those that round to q, and the grids as they are. Layers of more than `block` inputs are done block by block: what
+    rounding the earlier ones did is then part of what the next is fitted to. A layer that runs again, or whose weight another
+    one has, is left as the first run made it. Batch norms are corrected as they run, see correct_batch_norm. Returns the
+    student. prior and damping: above 0.
     Source: GPTQ, Frantar et al., arXiv 2210.17323, section 3, and, of fitting the teacher's outputs, GPTAQ, Li et al., arXiv
     2504.02692; here on generated images, and with the prior.
     """
-    images, teacher, layers = torch.cat(list(batches)), copy_without_hooks(teacher).eval(), quant_layers(student)
-    sizes, targets = [1], {}
-    hooks = [teacher.get_submodule(name).register_forward_hook(lambda layer, args, y: sizes.append(y.numel())) for name in layers]
-    teacher(images[:1])
+    images, teacher = torch.cat(list(batches)), copy_without_hooks(teacher).eval()
+    sizes, targets = [2], {}
+    originals = {layer: teacher.get_submodule(name) for name, layer in quant_layers(student).items()}
+    hooks = [layer.register_forward_hook(lambda layer, args, y: sizes.append(y.numel())) for layer in originals.values()]
+    teacher(images[:2])
     for hook in hooks:
         hook.remove()
-    images = images[:max(1, numbers // max(sizes))]
+    images = images[:max(2, numbers * 2 // max(sizes))]
     hooks = correction_hooks(student, teacher)
 
-    def keep(name):
-        def hook(layer, args, y):
-            if layer.bias is not None:
-                y = y - broadcast_along(layer.bias, y, 1 if isinstance(layer, nn.Conv2d) else y.dim() - 1)
-            skip = max(1, round((y[:, 0].numel() / places) ** 0.5))                     # of a convolution's places
-            if isinstance(layer, nn.Conv2d):
-                y = y[:, :, ::skip, ::skip].unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3, 4).flatten(2)
-            else:
-                y = y.reshape(1, -1, y.shape[-1]).mT
-            targets.setdefault(name, (skip, y.float().clone()))                         # (groups, O / groups, places)
-        return hook
+    def keep(layer, args, y):
+        skip = max(1, round((y.numel() / len(layer.weight) / places) ** 0.5))           # in height and in width
+        if isinstance(layer, nn.Conv2d):
+            y = y[:, :, ::skip, ::skip].unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3, 4).flatten(2)
+        else:
+            y = y.reshape(1, -1, y.shape[-1]).mT[:, :, ::skip ** 2]
+        bias = 0 if layer.bias is None else layer.bias.view(len(y), -1, 1)
+        targets.setdefault(layer.weight, (skip, (y.float() - bias).cpu()))              # (groups, O / groups, places)
 
-    def compensate(name, layer):
+    def compensate(layer, weight):
         def hook(quantizer, args, result):
-            if name not in targets:
+            if weight not in targets:
                 return
-            (skip, y), x, weight = targets.pop(name), result[0] * result[1], teacher.get_submodule(name).weight
+            (skip, y), x = targets.pop(weight), result[0] * result[1]
             if isinstance(layer, nn.Conv2d):
-                mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-                x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-                x = F.unfold(x, layer.kernel_size, layer.dilation, 0, [skip * stride for stride in layer.stride])
+                mode, padding = layer.padding_mode, layer.padding
+                if mode != "zeros" or isinstance(padding, str):
+                    x = F.pad(x, layer._reversed_padding_repeated_twice, mode="constant" if mode == "zeros" else mode)
+                    padding = 0
+                x = F.unfold(x, layer.kernel_size, layer.dilation, padding, [skip * stride for stride in layer.stride])
                 x = x.unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3).flatten(2)   # (groups, n, places)
             else:
-                x = x.reshape(1, -1, x.shape[-1]).mT
-            h, yx = (x @ x.mT).double(), (y @ x.mT).double()                            # as h is near to singular
-            if not (h.isfinite().all() and yx.isfinite().all()):                        # images that are NaN
-                return
-            w = weight.flatten(1).unflatten(0, (len(h), -1)).double()                   # (groups, O / groups, n)
-            layer.weight.copy_(compensated(layer, w, h, yx, prior * x.shape[1] / x.shape[2], damping, block).view(weight.shape))
+                x = x.reshape(1, -1, x.shape[-1]).mT[:, :, ::skip ** 2]
+            y = y.to(x)
+            if (x.square().sum() + y.square().sum()).isfinite():                        # else the images are NaN
+                w = weight.flatten(1).unflatten(0, (len(x), -1))                        # (groups, O / groups, n)
+                layer.weight.copy_(compensated(layer, w, x, y, prior, damping, block).view(weight.shape))
         return hook
-    for name, layer in layers.items():
-        hooks.append(teacher.get_submodule(name).register_forward_hook(keep(name)))
-        hooks.append(layer.input_quantizer.register_forward_hook(compensate(name, layer)))  # before the weight is used
+    for layer, original in originals.items():
+        hooks.append(original.register_forward_hook(keep))
+        hooks.append(layer.input_quantizer.register_forward_hook(compensate(layer, original.weight)))  # its weight is used later
     try:
         teacher(images)
         student(images)
@@ -440,22 +441,23 @@ def compensate_rounding(student, teacher, batches, prior=100, damping=0.3, place
     return student
 
 
-def compensated(layer, w, h, yx, prior, damping, block):
-    """A layer's weights, (groups, O / groups, n) float64, as compensate_rounding moves them."""
-    moved, qparams = torch.empty_like(w), weight_qparams(layer)
+def compensated(layer, w, x, y, prior, damping, block):
+    """A layer's weights w, as compensate_rounding moves them; shapes as there."""
+    qparams, rest = weight_qparams(layer), y - w @ x                                    # what is yet to be made up for
+    r, w = prior * x.square().sum(1).mean(1).clamp(min=1e-12)[:, None, None].double(), w.double()
     for start in range(0, w.shape[2], block):
         part = slice(start, start + block)
-        own = h[:, part, part]
-        unit = own.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)[:, None, None] * torch.eye(own.shape[1]).to(own)
-        # The blocks before it have been rounded in w: what that did is among what is fitted.
-        v = w[:, :, part] + torch.linalg.solve(own + prior * unit, (yx[:, :, part] - w @ h[:, :, part]).mT).mT
-        u = torch.linalg.cholesky(torch.linalg.inv(own + damping * unit), upper=True)[:, None]
+        h = (x[:, part] @ x[:, part].mT).double()                                       # as it is near to singular
+        eye, mean = torch.eye(h.shape[1]).to(h), h.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)[:, None, None]
+        v = w[:, :, part] + torch.linalg.solve(h + r * eye, (x[:, part] @ rest.mT).double()).mT
+        u = torch.linalg.cholesky(torch.linalg.inv(h + damping * mean * eye), upper=True)[:, None]
         q = torch.empty_like(v)
         for j in range(v.shape[2]):
             q[:, :, j] = fake_quantize(v[:, :, j].float().flatten(), *qparams, axis=0).view_as(v[:, :, j])
             v[:, :, j + 1:] -= ((v[:, :, j] - q[:, :, j]) / u[:, :, j, j])[:, :, None] * u[:, :, j, j + 1:]
-        w[:, :, part], moved[:, :, part] = q, v
-    return moved.float()
+        rest -= (q - w[:, :, part]).float() @ x[:, part]
+        w[:, :, part] = v
+    return w.float()
 
 
 # ------------------------------------------------------------------------------------------------ integers on disk

@@ -358,10 +358,27 @@ def test_what_a_rounded_weight_did_is_taken_up_by_the_next_as_least_squares_woul
     x0, x1 = images.unbind(1)
     for block in (2, 1):
         student = quant.observe(quant.quantize_model(teacher, 2, 8))
-        quant.compensate_rounding(student, teacher, [images], prior=0, damping=0, block=block)
+        quant.compensate_rounding(student, teacher, [images], prior=1e-6, damping=1e-9, block=block)
         q0 = quant.fake_quantize(teacher[0].weight.detach(), *quant.weight_qparams(student[0]), axis=0)[:, 0]
         assert torch.allclose(student[0].weight[:, 0], w0, atol=1e-5)
         assert torch.allclose(student[0].weight[:, 1], w1 + (w0 - q0) * (x0 @ x1) / (x1 @ x1), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ("a weight that two layers have", "padding changed later", "three dimensions", "many places"))
+def test_layers_of_unusual_kinds_are_compensated_too(kind):
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)]
+    if kind == "a weight that two layers have":
+        layers[4].weight = layers[2].weight
+    elif kind == "padding changed later":
+        layers[2].padding = layers[2].dilation = (2, 2)
+    elif kind == "three dimensions":
+        layers[2:] = [nn.Flatten(2), nn.Linear(196, 20)]
+    teacher, images = nn.Sequential(*layers).eval(), F.avg_pool2d(torch.randn(64, 3, 18, 18), 3, 1)
+    plain, moved = (calibrated(teacher, images=images, bits=(3, 8)) for _ in range(2))
+    quant.compensate_rounding(moved, teacher, [images], places=300 if kind == "many places" else 40_000)
+    plain, moved = (layer_errors(student, teacher, images) for student in (plain, moved))
+    last = max(plain)
+    assert moved[last] < 0.7 * plain[last]
 
 
 def test_compensation_goes_by_no_more_images_than_said():
