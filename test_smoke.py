@@ -364,6 +364,18 @@ def test_what_a_rounded_weight_did_is_taken_up_by_the_next_as_least_squares_woul
         assert torch.allclose(student[0].weight[:, 1], w1 + (w0 - q0) * (x0 @ x1) / (x1 @ x1), atol=1e-5)
 
 
+def test_a_weight_is_fitted_as_if_it_had_been_seen_at_as_many_places_as_the_prior_says():
+    teacher, images = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)).eval(), torch.randn(50, 6)
+    student = quant.observe(quant.quantize_model(teacher, 8, 8))
+    student[0].bias.data += torch.tensor([0.6, 0, -0.4, 0.2])                           # what the second layer is to make up for
+    student[1].weight_scale.mul_(2)                                                     # room for it
+    quant.compensate_rounding(student, teacher, [images], prior=20)
+    with torch.no_grad():
+        x, w, rounded = student[0](images), teacher[1].weight, quant.fake_quantize(student[1].weight, *quant.weight_qparams(student[1]), axis=0)
+        fit = w + (F.linear(teacher[0](images) - x, w)).T @ x @ torch.linalg.inv(x.T @ x + 20 * x.square().sum(1).mean() * torch.eye(4))
+    assert (rounded - fit).abs().max() < 0.1 * (fit - w).abs().max()
+
+
 @pytest.mark.parametrize("kind", ("a weight that two layers have", "padding changed later", "three dimensions", "many places"))
 def test_layers_of_unusual_kinds_are_compensated_too(kind):
     layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)]
@@ -375,7 +387,7 @@ def test_layers_of_unusual_kinds_are_compensated_too(kind):
         layers[2:] = [nn.Flatten(2), nn.Linear(196, 20)]
     teacher, images = nn.Sequential(*layers).eval(), F.avg_pool2d(torch.randn(64, 3, 18, 18), 3, 1)
     plain, moved = (calibrated(teacher, images=images, bits=(3, 8)) for _ in range(2))
-    quant.compensate_rounding(moved, teacher, [images], places=300 if kind == "many places" else 40_000)
+    quant.compensate_rounding(moved, teacher, [images], places=200 if kind in ("many places", "three dimensions") else 40_000)
     plain, moved = (layer_errors(student, teacher, images) for student in (plain, moved))
     last = max(plain)
     assert moved[last] < 0.7 * plain[last]
