@@ -424,10 +424,10 @@ def compensate_rounding(student, teacher, batches, prior=100, damping=0.3, place
                 x = x.unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3).flatten(2)   # (groups, n, places)
             else:
                 x = x.reshape(1, -1, x.shape[-1]).mT[:, :, ::skip ** 2]
-            y = y.to(x)
-            if (x.square().sum() + y.square().sum()).isfinite():                        # else the images are NaN
+            y, size = y.to(x), x.square().sum(1).mean(1)                                # mean |x|^2, (groups,)
+            if (size.sum() + y.square().sum()).isfinite():                              # else the images are NaN
                 w = weight.flatten(1).unflatten(0, (len(x), -1))                        # (groups, O / groups, n)
-                layer.weight.copy_(compensated(layer, w, x, y, prior, damping, block).view(weight.shape))
+                layer.weight.copy_(compensated(layer, w, x, y, prior * size, damping, block).view(weight.shape))
         return hook
     for layer, original in originals.items():
         hooks.append(original.register_forward_hook(keep))
@@ -441,10 +441,10 @@ def compensate_rounding(student, teacher, batches, prior=100, damping=0.3, place
     return student
 
 
-def compensated(layer, w, x, y, prior, damping, block):
+def compensated(layer, w, x, y, r, damping, block):
     """A layer's weights w, as compensate_rounding moves them; shapes as there."""
     qparams, rest = weight_qparams(layer), y - w @ x                                    # what is yet to be made up for
-    r, w = prior * x.square().sum(1).mean(1).clamp(min=1e-12)[:, None, None].double(), w.double()
+    r, w = r.clamp(min=1e-12)[:, None, None].double(), w.double()
     for start in range(0, w.shape[2], block):
         part = slice(start, start + block)
         h = (x[:, part] @ x[:, part].mT).double()                                       # as it is near to singular
