@@ -325,7 +325,8 @@ def correct_batch_norm(student, teacher, batches):
     so that m' + r d is normalised as m + d is in the teacher. r is kept within 1/4 to 4, or a channel that rounding has
     made constant would be blown up once its weights move. Call it while the student observes (activations then pass in
     float, and their ranges go on moving as corrected), and again with its ranges fixed, for what rounded activations
-    change: it starts from the teacher's statistics each time, so nothing is corrected twice. Returns the student.
+    change (compensate_rounding does that as it goes): it starts from the teacher's statistics each time, so nothing is
+    corrected twice. Returns the student.
     Source: of the means, Nagel et al., arXiv 1906.04721, section 4.2, and of both, by the weights alone, Banner et al., arXiv
     1810.05723; here measured on images.
     """
@@ -379,7 +380,7 @@ def compensate_rounding(student, teacher, batches, prior=100, damping=0.3, place
     ResNet-18). As they pass, the layers are seen to in turn, each by what the layers before it, seen to, make of the images.
     At some `places` places, with x, (n,), a layer's input in the student (quantized, unless the student observes), y its
     output in the teacher, without bias, and W its weight there, H = sum of x x^T, and r `prior` times the mean of |x|^2, so
-    that W counts as much as `prior` places, the weights that fit are
+    that W counts as much, in every direction, as `prior` places that lie in it, the weights that fit are
         W + (sum of (y - W x) x^T) (H + r I)^-1
     Then the weights of an output channel are rounded one after the other, and those not yet rounded take up what that did,
         q_j = rounded w_j        w_k -= (w_j - q_j) U_jk / U_jj,  k > j
