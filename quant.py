@@ -331,7 +331,12 @@ def correct_batch_norm(student, teacher, batches):
     1810.05723; here measured on images.
     """
     teacher = copy_without_hooks(teacher).eval()  # in training mode it would change its running statistics
-    hooks = correction_hooks(student, teacher)
+    return run_both(student, teacher, batches, correction_hooks(student, teacher))
+
+
+def run_both(student, teacher, batches, hooks):
+    """Each batch through the teacher and then the student, whose hooks, given by their handles, are gone afterwards. Returns
+    the student."""
     try:
         for images in batches:
             teacher(images)
@@ -395,10 +400,9 @@ def compensate_rounding(student, teacher, batches, prior=100, damping=0.3, place
     images, teacher = torch.cat(list(batches)), copy_without_hooks(teacher).eval()
     sizes, targets = [2], {}
     originals = {layer: teacher.get_submodule(name) for name, layer in quant_layers(student).items()}
-    hooks = [layer.register_forward_hook(lambda layer, args, y: sizes.append(y.numel())) for layer in originals.values()]
+    for original in originals.values():                                                 # of the copy, which ends here
+        original.register_forward_hook(lambda layer, args, y: sizes.append(y.numel()))
     teacher(images[:2])
-    for hook in hooks:
-        hook.remove()
     images = images[:max(2, numbers * 2 // max(sizes))]
     hooks = correction_hooks(student, teacher)
 
@@ -433,13 +437,7 @@ def compensate_rounding(student, teacher, batches, prior=100, damping=0.3, place
     for layer, original in originals.items():
         hooks.append(original.register_forward_hook(keep))
         hooks.append(layer.input_quantizer.register_forward_hook(compensate(layer, original.weight)))  # its weight is used later
-    try:
-        teacher(images)
-        student(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return student
+    return run_both(student, teacher, [images], hooks)
 
 
 def compensated(layer, w, x, y, r, damping, block):
