@@ -673,6 +673,23 @@ def test_images_have_pixels_of_images_with_the_contrast_and_brightness_of_their_
         assert torch.corrcoef(torch.stack([z[:, i], figure]))[0, 1] > 0.85
 
 
+def test_the_last_half_of_the_images_is_mirrored_magnified_and_shifted(script):
+    places = (2 * torch.arange(64) + 1) / 64 - 1                                        # of pixels, from -1 to 1
+    images = torch.stack([places.expand(64, 64), places[:, None].expand(64, 64)]).expand(801, 2, 64, 64)
+    changed = script.half_transformed(images)
+    assert changed.shape == images.shape and torch.equal(changed[:400], images[:400]) and changed.abs().max() < 1
+    (x, y), kernel = changed[400:].unbind(1), 64 / 2                                    # where each pixel comes from
+    zooms = [(kernel * values.diff(dim=dim).abs()).flatten(1).median(1).values for values, dim in ((x, 2), (y, 1))]
+    assert torch.allclose(*zooms, atol=0.05)
+    assert 0.39 < zooms[0].min() < 0.42 and 1.9 < zooms[0].max() < 2.05                 # magnified by their inverses
+    assert abs(zooms[0].log().mean() - (math.log(0.4) + math.log(2)) / 2) < 0.08
+    assert 0.4 < (x[:, 32, 32] < x[:, 32, 31]).float().mean() < 0.6                     # mirrored from left to right
+    assert (y[:, 32, 32] < y[:, 31, 32]).float().mean() < 0.05                          # never upside down
+    shifts = torch.stack([x, y])[:, :, 31:33, 31:33].mean((2, 3))
+    assert shifts.min() < -0.9 and shifts.max() > 0.9 and (shifts.std(1) - 3 ** -0.5).abs().max() < 0.05
+    assert len(script.half_transformed(images[:1])) == 1
+
+
 def test_codes_of_many_classes_are_as_alike_as_their_rows_of_the_classifier(script):
     rows = (torch.randn(20, 1, 12) + 0.3 * torch.randn(20, 10, 12)).flatten(0, 1)       # 200 classes of 20 kinds
     codes = script.Generator(16, rows, *NORMALISATION).embedding.weight.detach()
@@ -853,8 +870,31 @@ def test_batch_norms_are_corrected_with_activations_in_float_and_then_quantized(
     assert not torch.equal(student.bn.running_var, teacher.bn.running_var)
 
 
+def test_half_of_the_images_are_transformed_and_the_teacher_asked_what_it_sees_now(teacher, script, monkeypatch):
+    changed, corrected_by, pairs, drawn, losses = [], [], [], [], []
+    real, real_kd, real_draw, real_report = script.half_transformed, script.kd_loss, script.draw, script.Run.report
+    monkeypatch.setattr(script, "half_transformed", lambda images: changed.append(real(images)) or changed[-1])
+    monkeypatch.setattr(script, "kd_loss", lambda *args: pairs.append(args[:2]) or real_kd(*args))
+    monkeypatch.setattr(script, "draw", lambda *args: drawn.append(real_draw(*args)) or drawn[-1])
+    monkeypatch.setattr(script.Run, "report", lambda run, step, values: losses.append(values) or real_report(run, step, values))
+    for name in ("correct_batch_norm", "compensate_rounding"):
+        monkeypatch.setattr(script, name, lambda student, teacher, batches: corrected_by.append(batches) or student)
+    options = {**SMALL, "batch_size": 64, "iterations": 2, "warmup": 0.5, "student_lr": 0.0, "precision": "float32"}
+    with torch.no_grad():                                       # a teacher to which not all images are of one class
+        logits = teacher(torch.randn(64, 3, 16, 16))
+        teacher.head.bias -= logits.mean(0)
+    student, _ = script.quantize(teacher, **options, **(dict(kd="kl") if script is lrq else {}))
+    assert len(changed) == 21 and all(map(torch.equal, changed[:20] * 2, corrected_by[0] + corrected_by[1]))
+    (logits, teacher_logits), labels = pairs[0], drawn[21][1]
+    with torch.no_grad():
+        assert torch.allclose(logits, student(changed[20]), atol=1e-4)
+        assert torch.allclose(teacher_logits, teacher(changed[20]), atol=1e-4)
+    seen = teacher_logits.argmax(1) == labels
+    assert seen.any() and torch.allclose(losses[1]["L_QCE"], (F.cross_entropy(logits, labels, reduction="none") * seen).mean())
+
+
 @pytest.mark.parametrize("w_bits, num_classes, student_lr, bns_weight, max_norm",
-                         ((3, 7, 3e-3, 1, 3), (2, 7, 1e-2, 1, 3), (2, 101, 3e-6, 100, 1000)))
+                         ((3, 7, 3e-3, 1, 3), (2, 101, 3e-6, 100, 1000)))
 def test_rates_and_weights_left_out_follow_from_classes_and_bits(w_bits, num_classes, student_lr, bns_weight, max_norm, teacher,
                                                                  script, monkeypatch):
     clipped_to, clip = [], nn.utils.clip_grad_norm_
@@ -1304,7 +1344,7 @@ def test_plumbing_of_the_two_scripts_is_the_same_byte_for_byte():
     assert one == other and len(one) > 10000
 
 
-@pytest.mark.parametrize("name", ("class_codes", "upsampled", "MeanVariance", "image_statistics",
+@pytest.mark.parametrize("name", ("class_codes", "upsampled", "half_transformed", "MeanVariance", "image_statistics",
                          "layer_constants", "batch_norm_loss", "kd_loss", "teacher_forward"))
 def test_what_both_methods_define_is_the_same(name):
     assert inspect.getsource(getattr(lrq, name)) == inspect.getsource(getattr(clusterq, name))
