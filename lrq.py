@@ -28,7 +28,8 @@ Adversarial Margin Add is in equations are our reading of the abstract. From GDF
 and schedule it builds on: the label's embedding is added to the noise instead of multiplied, the pixels of images stay
 in [0, 1], images differ in contrast and brightness, L_BNS is measured in units of each layer's standard deviation, the
 quantizers' ranges are those of least error, and the student, its weights moved to make up for rounding errors and its
-batch norms corrected, learns at another rate and temperature, by clipped gradients. The README says what was measured of this.
+batch norms corrected, learns from images of which half are transformed, at another rate and temperature, by clipped
+gradients. The README says what was measured of this.
 
 Shapes: B batch_size, K num_classes, D features, S image_size, C channels, H and W height and width.
 """
