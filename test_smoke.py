@@ -894,8 +894,8 @@ def test_half_of_the_images_are_transformed_and_the_teacher_asked_what_it_sees_n
 
 
 @pytest.mark.parametrize("w_bits, num_classes, student_lr, bns_weight, max_norm",
-                         ((3, 7, 3e-3, 1, 3), (2, 101, 3e-6, 100, 1000)))
-def test_rates_and_weights_left_out_follow_from_classes_and_bits(w_bits, num_classes, student_lr, bns_weight, max_norm, teacher,
+                         ((3, 7, 3e-3, 1, 3), (2, 7, 3e-3, 1, 3), (2, 101, 3e-6, 100, 1000)))
+def test_rates_and_weights_left_out_follow_from_classes_not_bits(w_bits, num_classes, student_lr, bns_weight, max_norm, teacher,
                                                                  script, monkeypatch):
     clipped_to, clip = [], nn.utils.clip_grad_norm_
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda parameters, norm: clipped_to.append(norm) or clip(parameters, norm))
