@@ -21,7 +21,7 @@ The algorithm, as numbered in quantize():
  3. Generator step on L_G = L_CE + a L_BNS + b L_SFDA, through the frozen P; G learns alone, without L_SFDA, at first.
  4. The centroids follow the images as exponential moving averages.
  5. Student step on the same images, half of them transformed as in 1: L_Q = CE(Q(x), y) + KL(P(x) || Q(x)) T^2, CE only
-    where P sees y in x.
+    where P sees y in x, and not above 100 classes. Batch norms and biases learn at a higher rate than weights.
  6. Report and save.
  7. Evaluate, and write Q as integers.
 
@@ -334,8 +334,8 @@ class Centroids(nn.Module):
 def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, iterations, batch_size, seed=0,
              device="auto", evaluate=None, out=None, symmetric=False, classifier=None, precision="auto", sfda=True,
              variance=True, fresh_noise=False, ema=True, rho=0.2, noise=0.5, first_layer=None, temperature=4.0,
-             bns_weight=None, sfda_weight=0.9, generator_lr=1e-3, student_lr=None, warmup=0.15, separability=False,
-             resume=False, checkpoint_every=60, about=None):
+             bns_weight=None, sfda_weight=0.9, ce_weight=None, generator_lr=1e-3, student_lr=None, norm_lr=0.01, warmup=0.15,
+             separability=False, resume=False, checkpoint_every=60, about=None):
     """Quantize a trained classifier without its data. Returns (student, result).
 
     teacher: any nn.Module, (B, C, S, S) -> (B, num_classes), with BatchNorm2d; it is left as it is. image_size: S, a
@@ -349,12 +349,14 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     TypeError). It seeds torch's random numbers and sets cuDNN's flags.
     """
     settings = check_settings(locals())
-    mean, std, generator_lr, student_lr = (settings[key] for key in ("mean", "std", "generator_lr", "student_lr"))
+    mean, std, generator_lr, student_lr, norm_lr = (
+        settings[key] for key in ("mean", "std", "generator_lr", "student_lr", "norm_lr"))
     if student_lr is None:
-        student_lr = settings["student_lr"] = 3e-6 if num_classes > 100 else 3e-3
-    max_norm = 3.0 if num_classes <= 100 else 1000.0    # of the student's gradient, a few hundred with so many classes
+        student_lr = settings["student_lr"] = 1e-4 if num_classes > 100 else 3e-3
     if bns_weight is None:
         bns_weight = settings["bns_weight"] = 1.0 if num_classes <= 100 else 100.0
+    if ce_weight is None:
+        ce_weight = settings["ce_weight"] = 1.0 if num_classes <= 100 else 0.0
     device, dtype = choose_device(device, precision)
     settings["precision"] = str(dtype).removeprefix("torch.")
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -370,8 +372,10 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     centroids = Centroids(num_classes, len(channel_weight)).to(device)
     student = quantize_model(teacher, w_bits, a_bits, symmetric, input_range=pixel_range(mean, std))
     generator_optimizer = torch.optim.Adam(generator.parameters(), generator_lr, betas=(0.5, 0.999), fused=True)
-    student_optimizer = torch.optim.SGD(student.parameters(), student_lr, momentum=0.9, nesterov=True, weight_decay=1e-4,
-                                        fused=True)
+    student_optimizer = torch.optim.SGD([
+        {"params": [p for p in student.parameters() if p.dim() > 1], "rate": student_lr},         # weights
+        {"params": [p for p in student.parameters() if p.dim() < 2], "rate": norm_lr},            # batch norms, biases
+    ], momentum=0.9, nesterov=True, weight_decay=1e-4, fused=True)
     warm_iterations = int(iterations * warmup)
     with Run(settings, teacher, student, generator, device, evaluate, out, resume, checkpoint_every, centroids=centroids,
              generator_optimizer=generator_optimizer, student_optimizer=student_optimizer) as run:
@@ -428,11 +432,9 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
             if sfda and step >= warm_iterations:
                 centroids.update(*(value.detach() for value in statistics), labels, recognised, rho if ema else 0.0)
 
-            # 5. Student step on these images, half of them transformed: L_Q = CE(Q(x), y) + KL(P(x) || Q(x)) T^2; its rate
-            # falls as a cosine.
+            # 5. Student step on these images, half of them transformed: L_Q = c CE(Q(x), y) + KL(P(x) || Q(x)) T^2; its
+            # rates fall as a cosine.
             if step >= warm_iterations:
-                done = (step - warm_iterations) / (iterations - warm_iterations)
-                student_optimizer.param_groups[0]["lr"] = student_lr * 0.5 * (1 + math.cos(math.pi * done))
                 images, half = half_transformed(images.detach()), batch_size // 2
                 with autocast():
                     with torch.no_grad():
@@ -442,8 +444,11 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
                 loss_qce = (F.cross_entropy(logits, labels, reduction="none") * recognised).mean()
                 loss_kd = kd_loss(logits, teacher_logits, temperature)
                 student_optimizer.zero_grad()
-                (loss_qce + loss_kd).backward()
-                nn.utils.clip_grad_norm_(student.parameters(), max_norm)  # else a 3-bit student can fall to chance
+                (ce_weight * loss_qce + loss_kd).backward()
+                done = (step - warm_iterations) / (iterations - warm_iterations)
+                for group in student_optimizer.param_groups:
+                    group["lr"] = group["rate"] * 0.5 * (1 + math.cos(math.pi * done))
+                    nn.utils.clip_grad_norm_(group["params"], 3.0)  # else a 3-bit student can fall to chance
                 student_optimizer.step()
                 losses.update({"L_QCE": loss_qce.detach(), "L_KL": loss_kd.detach()})
 
@@ -500,6 +505,7 @@ COMMON_RULES = {  # setting: (whether a value will do, what to choose)
     "warmup": (lambda v: 0 <= v < 1, "a share of the iterations, at least 0 and below 1"),
     "generator_lr": NOT_NEGATIVE,
     "student_lr": NONE_OR_NOT_NEGATIVE,
+    "norm_lr": NOT_NEGATIVE,
     "precision": (lambda v: v in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")}
 NOT_SETTINGS = ("teacher", "device", "evaluate", "out", "resume", "checkpoint_every", "about")
 
@@ -1180,8 +1186,9 @@ def common_flags(parser):
     add("--warmup", type=float, metavar="SHARE", help="share of the iterations in which the generator learns alone "
         "(default: %(default)s)")
     add("--generator-lr", type=float, metavar="RATE", help="of Adam (default: %(default)s, GDFQ)")
-    add("--student-lr", type=float, metavar="RATE", help="of SGD, falling as a cosine to zero (default: 0.003, above "
-        "100 classes 0.000003; published for 80,000 iterations: 0.0001 and 0.000001)")
+    add("--student-lr", type=float, metavar="RATE", help="of SGD for the student's weights, falling as a cosine to zero "
+        "(default: 0.003, above 100 classes 0.0001)")
+    add("--norm-lr", type=float, metavar="RATE", help="the same for its batch norms and biases (default: %(default)s)")
     add("--seed", type=int, metavar="N", help="seed of all random numbers (default: %(default)s)")
     add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one, else cpu)")
     add("--precision", help="float32, bfloat16, or auto (default): bfloat16 where the processor has it; of convolutions "
@@ -1245,7 +1252,7 @@ def run(main):
 
 RULES = {"rho": (lambda v: 0 <= v <= 1, "a number from 0 to 1"), "temperature": POSITIVE, "noise": NOT_NEGATIVE,
          "first_layer": (lambda v: v is None or whole(0)(v), "the number of a batch-norm layer, from 0"),
-         "bns_weight": NONE_OR_NOT_NEGATIVE, "sfda_weight": NOT_NEGATIVE}
+         "bns_weight": NONE_OR_NOT_NEGATIVE, "sfda_weight": NOT_NEGATIVE, "ce_weight": NONE_OR_NOT_NEGATIVE}
 
 
 def main(argv=None):
@@ -1265,6 +1272,7 @@ def main(argv=None):
         "(number of batch norms + 1) // 2 - 2, published)")
     add("--sfda-weight", type=float, help="weight of L_SFDA (default: %(default)s, published)")
     add("--bns-weight", type=float, help="weight of L_BNS (default: 1 up to 100 classes, 100 above; published 0.1)")
+    add("--ce-weight", type=float, help="weight of the student's cross-entropy (default: 1 up to 100 classes, 0 above)")
     add("--temperature", type=float, metavar="T", help="temperature of the distillation (default: %(default)s; published 20)")
     add("--separability", action="store_true", help="measure how well classes separate in the teacher's features of "
         "generated images, and of those of --data beside them")

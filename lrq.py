@@ -19,7 +19,7 @@ The algorithm, as numbered in quantize():
  2. Draw noise z and labels y, and images x = G(z, y) from them.
  3. Generator step on L_G = L_AMA + a L_BNS, through the frozen P; G learns alone at first.
  4. Student step on the same images, half of them transformed as in 1: L_Q = CE(Q(x), y) + L_DKD, CE only where P sees y
-    in x.
+    in x, and not above 100 classes. Batch norms and biases learn at a higher rate than weights.
  5. Report and save.
  6. Evaluate, and write Q as integers.
 
@@ -28,8 +28,8 @@ Adversarial Margin Add is in equations are our reading of the abstract. From GDF
 and schedule it builds on: the label's embedding is added to the noise instead of multiplied, the pixels of images stay
 in [0, 1], images differ in contrast and brightness, L_BNS is measured in units of each layer's standard deviation, the
 quantizers' ranges are those of least error, and the student, its weights moved to make up for rounding errors and its
-batch norms corrected, learns from images of which half are transformed, at another rate and temperature, by clipped
-gradients. The README says what was measured of this.
+batch norms corrected, learns from images of which half are transformed, at other rates and another temperature, by
+clipped gradients. The README says what was measured of this.
 
 Shapes: B batch_size, K num_classes, D features, S image_size, C channels, H and W height and width.
 """
@@ -319,8 +319,8 @@ def teacher_forward(teacher, classifier, images):
 
 def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, iterations, batch_size, seed=0,
              device="auto", evaluate=None, out=None, symmetric=False, classifier=None, precision="auto", lka=True,
-             margin=None, kd="dkd", temperature=4.0, alpha=1.0, beta=1.0, bns_weight=None, generator_lr=1e-3,
-             student_lr=None, warmup=0.15, resume=False, checkpoint_every=60, about=None):
+             margin=None, kd="dkd", temperature=4.0, alpha=1.0, beta=1.0, bns_weight=None, ce_weight=None, generator_lr=1e-3,
+             student_lr=None, norm_lr=0.01, warmup=0.15, resume=False, checkpoint_every=60, about=None):
     """Quantize a trained classifier without its data. Returns (student, result).
 
     teacher: any nn.Module, (B, C, S, S) -> (B, num_classes), with BatchNorm2d; it is left as it is. image_size: S, a
@@ -334,12 +334,14 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     TypeError). It seeds torch's random numbers and sets cuDNN's flags.
     """
     settings = check_settings(locals())
-    mean, std, generator_lr, student_lr = (settings[key] for key in ("mean", "std", "generator_lr", "student_lr"))
+    mean, std, generator_lr, student_lr, norm_lr = (
+        settings[key] for key in ("mean", "std", "generator_lr", "student_lr", "norm_lr"))
     if student_lr is None:
-        student_lr = settings["student_lr"] = 3e-6 if num_classes > 100 else 3e-3
-    max_norm = 3.0 if num_classes <= 100 else 1000.0    # of the student's gradient, a few hundred with so many classes
+        student_lr = settings["student_lr"] = 1e-4 if num_classes > 100 else 3e-3
     if bns_weight is None:
         bns_weight = settings["bns_weight"] = 1.0 if num_classes <= 100 else 100.0
+    if ce_weight is None:
+        ce_weight = settings["ce_weight"] = 1.0 if num_classes <= 100 else 0.0
     if margin is None:
         margin = settings["margin"] = -0.5 if num_classes <= 100 else 0.0
     device, dtype = choose_device(device, precision)
@@ -352,8 +354,10 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     generator = Generator(image_size, weight, mean, std, lka=lka).to(device, memory_format=torch.channels_last)
     student = quantize_model(teacher, w_bits, a_bits, symmetric, input_range=pixel_range(mean, std))
     generator_optimizer = torch.optim.Adam(generator.parameters(), generator_lr, betas=(0.5, 0.999), fused=True)
-    student_optimizer = torch.optim.SGD(student.parameters(), student_lr, momentum=0.9, nesterov=True, weight_decay=1e-4,
-                                        fused=True)
+    student_optimizer = torch.optim.SGD([
+        {"params": [p for p in student.parameters() if p.dim() > 1], "rate": student_lr},         # weights
+        {"params": [p for p in student.parameters() if p.dim() < 2], "rate": norm_lr},            # batch norms, biases
+    ], momentum=0.9, nesterov=True, weight_decay=1e-4, fused=True)
     warm_iterations = int(iterations * warmup)
     with Run(settings, teacher, student, generator, device, evaluate, out, resume, checkpoint_every,
              generator_optimizer=generator_optimizer, student_optimizer=student_optimizer) as run:
@@ -389,10 +393,8 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
             generator_optimizer.step()
             losses = {"L_AMA": loss_ama.detach(), "L_BNS": loss_bns.detach()}
 
-            # 4. Student step on these images, half of them transformed: L_Q = CE(Q(x), y) + L_DKD; its rate falls as a cosine.
+            # 4. Student step on these images, half of them transformed: L_Q = c CE(Q(x), y) + L_DKD; its rates fall as a cosine.
             if step >= warm_iterations:
-                done = (step - warm_iterations) / (iterations - warm_iterations)
-                student_optimizer.param_groups[0]["lr"] = student_lr * 0.5 * (1 + math.cos(math.pi * done))
                 images, half = half_transformed(images.detach()), batch_size // 2
                 with autocast():
                     with torch.no_grad():
@@ -403,8 +405,11 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
                 loss_kd = (dkd_loss(logits, teacher_logits, labels, alpha, beta, temperature) if kd == "dkd"
                            else kd_loss(logits, teacher_logits, temperature))
                 student_optimizer.zero_grad()
-                (loss_qce + loss_kd).backward()
-                nn.utils.clip_grad_norm_(student.parameters(), max_norm)  # else a 3-bit student can fall to chance
+                (ce_weight * loss_qce + loss_kd).backward()
+                done = (step - warm_iterations) / (iterations - warm_iterations)
+                for group in student_optimizer.param_groups:
+                    group["lr"] = group["rate"] * 0.5 * (1 + math.cos(math.pi * done))
+                    nn.utils.clip_grad_norm_(group["params"], 3.0)  # else a 3-bit student can fall to chance
                 student_optimizer.step()
                 losses.update({"L_QCE": loss_qce.detach(), f"L_{kd.upper()}": loss_kd.detach()})
 
@@ -455,6 +460,7 @@ COMMON_RULES = {  # setting: (whether a value will do, what to choose)
     "warmup": (lambda v: 0 <= v < 1, "a share of the iterations, at least 0 and below 1"),
     "generator_lr": NOT_NEGATIVE,
     "student_lr": NONE_OR_NOT_NEGATIVE,
+    "norm_lr": NOT_NEGATIVE,
     "precision": (lambda v: v in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")}
 NOT_SETTINGS = ("teacher", "device", "evaluate", "out", "resume", "checkpoint_every", "about")
 
@@ -1135,8 +1141,9 @@ def common_flags(parser):
     add("--warmup", type=float, metavar="SHARE", help="share of the iterations in which the generator learns alone "
         "(default: %(default)s)")
     add("--generator-lr", type=float, metavar="RATE", help="of Adam (default: %(default)s, GDFQ)")
-    add("--student-lr", type=float, metavar="RATE", help="of SGD, falling as a cosine to zero (default: 0.003, above "
-        "100 classes 0.000003; published for 80,000 iterations: 0.0001 and 0.000001)")
+    add("--student-lr", type=float, metavar="RATE", help="of SGD for the student's weights, falling as a cosine to zero "
+        "(default: 0.003, above 100 classes 0.0001)")
+    add("--norm-lr", type=float, metavar="RATE", help="the same for its batch norms and biases (default: %(default)s)")
     add("--seed", type=int, metavar="N", help="seed of all random numbers (default: %(default)s)")
     add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one, else cpu)")
     add("--precision", help="float32, bfloat16, or auto (default): bfloat16 where the processor has it; of convolutions "
@@ -1200,7 +1207,7 @@ def run(main):
 
 RULES = {"margin": (lambda v: v is None or abs(v) < math.pi, "a number of radians between -pi and pi"),
          "kd": (lambda v: v in ("kl", "dkd"), "kl or dkd"), "temperature": POSITIVE, "alpha": NOT_NEGATIVE,
-         "beta": NOT_NEGATIVE, "bns_weight": NONE_OR_NOT_NEGATIVE}
+         "beta": NOT_NEGATIVE, "bns_weight": NONE_OR_NOT_NEGATIVE, "ce_weight": NONE_OR_NOT_NEGATIVE}
 
 
 def main(argv=None):
@@ -1216,6 +1223,7 @@ def main(argv=None):
     add("--alpha", type=float, help="weight of TCKD (default: %(default)s)")
     add("--beta", type=float, help="weight of NCKD (default: %(default)s)")
     add("--bns-weight", type=float, help="weight of L_BNS (default: 1 up to 100 classes, 100 above; GDFQ has 0.1)")
+    add("--ce-weight", type=float, help="weight of the student's cross-entropy (default: 1 up to 100 classes, 0 above)")
     command_line(parser, argv)
 
 

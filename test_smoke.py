@@ -849,7 +849,7 @@ def test_quantize_leaves_the_teacher_as_it_is(teacher, script):
 
 
 def test_weights_are_moved_before_the_student_learns(teacher, script, monkeypatch):
-    options = dict(iterations=2, warmup=0.5, student_lr=0.0)
+    options = dict(iterations=2, warmup=0.5, student_lr=0.0, norm_lr=0.0)
     moved, _ = script.quantize(teacher, **SMALL, **options)
     assert not torch.equal(moved.stem.weight, teacher.stem.weight)
     monkeypatch.setattr(script, "compensate_rounding", lambda student, teacher, batches: student)
@@ -879,7 +879,8 @@ def test_half_of_the_images_are_transformed_and_the_teacher_asked_what_it_sees_n
     monkeypatch.setattr(script.Run, "report", lambda run, step, values: losses.append(values) or real_report(run, step, values))
     for name in ("correct_batch_norm", "compensate_rounding"):
         monkeypatch.setattr(script, name, lambda student, teacher, batches: corrected_by.append(batches) or student)
-    options = {**SMALL, "batch_size": 64, "iterations": 2, "warmup": 0.5, "student_lr": 0.0, "precision": "float32"}
+    options = {**SMALL, "batch_size": 64, "iterations": 2, "warmup": 0.5, "student_lr": 0.0, "norm_lr": 0.0,
+               "precision": "float32"}
     with torch.no_grad():                                       # a teacher to which not all images are of one class
         logits = teacher(torch.randn(64, 3, 16, 16))
         teacher.head.bias -= logits.mean(0)
@@ -893,30 +894,47 @@ def test_half_of_the_images_are_transformed_and_the_teacher_asked_what_it_sees_n
     assert seen.any() and torch.allclose(losses[1]["L_QCE"], (F.cross_entropy(logits, labels, reduction="none") * seen).mean())
 
 
-@pytest.mark.parametrize("w_bits, num_classes, student_lr, bns_weight, max_norm",
-                         ((3, 7, 3e-3, 1, 3), (2, 7, 3e-3, 1, 3), (2, 101, 3e-6, 100, 1000)))
-def test_rates_and_weights_left_out_follow_from_classes_not_bits(w_bits, num_classes, student_lr, bns_weight, max_norm, teacher,
-                                                                 script, monkeypatch):
-    clipped_to, clip = [], nn.utils.clip_grad_norm_
-    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda parameters, norm: clipped_to.append(norm) or clip(parameters, norm))
+def test_ce_weight_is_that_of_the_students_cross_entropy(teacher, script, monkeypatch):
+    norms, clip, kd_loss = [], nn.utils.clip_grad_norm_, script.kd_loss
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *args: norms.append(clip(*args).item()))
+    monkeypatch.setattr(script, "kd_loss", lambda *args: 0 * kd_loss(*args))
+    with torch.no_grad():                                       # a teacher to which not all images are of one class
+        teacher.head.bias -= teacher(torch.randn(64, 3, 16, 16)).mean(0)
+    for ce_weight in (0, 1, 2):
+        script.quantize(teacher, **{**SMALL, "batch_size": 64}, iterations=2, warmup=0.5, precision="float32",
+                        ce_weight=ce_weight, **(dict(kd="kl") if script is lrq else {}))
+    assert norms[:2] == [0, 0] and min(norms[2:4]) > 0 and norms[4:] == pytest.approx([2 * norm for norm in norms[2:4]])
+
+
+@pytest.mark.parametrize("w_bits, num_classes, student_lr, bns_weight, ce_weight",
+                         ((3, 7, 3e-3, 1, 1), (2, 7, 3e-3, 1, 1), (2, 101, 1e-4, 100, 0)))
+def test_rates_and_weights_left_out_follow_from_classes_not_bits(w_bits, num_classes, student_lr, bns_weight, ce_weight, teacher,
+                                                                 script):
     teacher.head = nn.Linear(12, num_classes)
     _, result = script.quantize(teacher, **{**SMALL, "w_bits": w_bits, "num_classes": num_classes}, iterations=1)
-    assert result["student_lr"] == student_lr and result["bns_weight"] == bns_weight and clipped_to == [max_norm]
+    assert [result[name] for name in ("student_lr", "norm_lr", "bns_weight", "ce_weight")] == [student_lr, 0.01, bns_weight, ce_weight]
     assert script is clusterq or result["margin"] == (-0.5 if num_classes <= 100 else 0)
 
 
-def test_the_student_learns_by_sgd_at_a_rate_that_falls_as_a_cosine_and_the_generator_by_adam(teacher, script, monkeypatch):
-    seen = {}
+def test_the_student_learns_by_sgd_at_rates_that_fall_as_a_cosine_and_the_generator_by_adam(teacher, script, monkeypatch):
+    seen, clipped, clip = {}, [], nn.utils.clip_grad_norm_
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *args: clipped.append(args) or clip(*args))
     for kind in (torch.optim.SGD, torch.optim.Adam):
         class Watched(kind):
             def step(self, *args):
-                seen.setdefault(type(self).__bases__[0].__name__, []).append(dict(self.param_groups[0]))
+                seen.setdefault(type(self).__bases__[0].__name__, []).append([dict(group) for group in self.param_groups])
                 return super().step(*args)
         monkeypatch.setattr(torch.optim, kind.__name__, Watched)
-    script.quantize(teacher, **SMALL, iterations=10, warmup=0.2, student_lr=0.01)
-    assert [group["lr"] for group in seen["SGD"]] == pytest.approx([0.005 * (1 + math.cos(math.pi * i / 8)) for i in range(8)])
-    assert all((group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 1e-4) for group in seen["SGD"])
-    assert [(group["lr"], group["betas"]) for group in seen["Adam"]] == [(1e-3, (0.5, 0.999))] * 10
+    student, _ = script.quantize(teacher, **SMALL, iterations=10, warmup=0.2, student_lr=0.02, norm_lr=0.04)
+    rates = [0.01 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]
+    for i, (weights, rest) in enumerate(seen["SGD"]):
+        assert (weights["lr"], rest["lr"]) == pytest.approx((rates[i], 2 * rates[i]))
+        assert all((group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 1e-4) for group in (weights, rest))
+        assert all(args[0] is group["params"] and args[1] == 3 for args, group in zip(clipped[2 * i:], (weights, rest)))
+    assert i == 7 and len(clipped) == 16
+    assert {p.dim() for p in weights["params"]} == {2, 4} and {p.dim() for p in rest["params"]} == {1}
+    assert len(weights["params"]) + len(rest["params"]) == len(list(student.parameters()))
+    assert [(group["lr"], group["betas"]) for group, in seen["Adam"]] == [(1e-3, (0.5, 0.999))] * 10
 
 
 def test_quantize_is_the_same_for_the_same_seed(teacher, script):
@@ -1135,15 +1153,18 @@ def test_a_run_that_diverges_stops_and_says_so(teacher, tmp_path, script):
 
 
 def test_a_large_gradient_does_not_throw_the_student_far(teacher, monkeypatch, script):
-    """One step of Nesterov's SGD moves it by 1.9 learning rates times the gradient, whose norm is cut to 3."""
+    """One step of Nesterov's SGD moves it by 1.9 learning rates times the gradient, whose norm is cut to 3: that of weights, and
+    that of batch norms and biases, by itself."""
     real_loss = script.kd_loss
     monkeypatch.setattr(script, "kd_loss", lambda *args: 1e5 * real_loss(*args))
     monkeypatch.setattr(script, "compensate_rounding", lambda student, teacher, batches: student)  # it moves weights too
     options = dict(kd="kl") if script is lrq else {}
-    student, _ = script.quantize(teacher, **SMALL, iterations=2, warmup=0.5, student_lr=0.01, **options)
+    student, _ = script.quantize(teacher, **SMALL, iterations=2, warmup=0.5, student_lr=0.01, norm_lr=0.03, **options)
     before = dict(teacher.named_parameters())
-    moved = sum((p - before[name]).square().sum() for name, p in student.named_parameters() if name != "bn.bias").sqrt()
-    assert 0.01 < moved < 0.01 * 1.9 * 3 * 1.05
+    for weights, rate in ((True, 0.01), (False, 0.03)):
+        moved = sum((p - before[name]).square().sum() for name, p in student.named_parameters()
+                    if (p.dim() > 1) == weights and name != "bn.bias").sqrt()
+        assert rate < moved < rate * 1.9 * 3 * 1.05
 
 
 def test_a_convolution_can_be_the_classifier(script):
