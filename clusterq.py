@@ -36,6 +36,7 @@ import argparse
 import contextlib
 import csv
 import difflib
+import functools
 import hashlib
 import inspect
 import io
@@ -324,7 +325,7 @@ class Centroids(nn.Module):
         yet. rho None: the mean of all images so far. means, variances: (B, C). labels: (B,). recognised: (B,) bool, the
         images that count. Only the rows of the batch's classes are touched, so the cost does not depend on K."""
         n = torch.zeros_like(self.count).index_add_(0, labels, recognised.float())       # (K,)
-        rate = n / (self.count + n).clamp(min=1) if rho is None else torch.where(self.seen, rho, 1.0)
+        rate = n / (self.count + n).clamp(min=1) if rho is None else 1 - (1 - rho) * self.seen.float()
         share = (recognised * rate[labels] / n[labels].clamp(min=1))[:, None]           # (B, 1)
         for centroid, values in ((self.means, means), (self.variances, variances)):
             centroid.index_add_(0, labels, share * (values - centroid[labels]))
@@ -371,37 +372,38 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     generator = Generator(image_size, layer.weight.flatten(1), mean, std).to(device, memory_format=torch.channels_last)
     centroids = Centroids(num_classes, len(channel_weight)).to(device)
     student = quantize_model(teacher, w_bits, a_bits, symmetric, input_range=pixel_range(mean, std))
-    generator_optimizer = torch.optim.Adam(generator.parameters(), generator_lr, betas=(0.5, 0.999), fused=True)
+    generator_optimizer = torch.optim.Adam(generator.parameters(), generator_lr, betas=(0.5, 0.999), fused=True,
+                                           capturable=True)  # within a CUDA graph, see Repeated
     student_optimizer = torch.optim.SGD([
         {"params": [p for p in student.parameters() if p.dim() > 1], "rate": student_lr, "weight_decay": 1e-4},
         {"params": [p for p in student.parameters() if p.dim() < 2], "rate": norm_lr},          # batch norms and biases
     ], momentum=0.9, nesterov=True, fused=True)
-    warm_iterations = int(iterations * warmup)
+    warm_iterations, cosine = int(iterations * warmup), torch.ones((), device=device)
     with Run(settings, teacher, student, generator, device, evaluate, out, resume, checkpoint_every, centroids=centroids,
              generator_optimizer=generator_optimizer, student_optimizer=student_optimizer) as run:
-        for step in range(run.step, iterations):
-            # 1. Once, after the generator's warm-up, by its images: each class's centroid; activation ranges, after which
-            # plain quantization is measured; and, half of the images transformed, what rounding did: to each channel's
-            # mean and spread, and to each layer's output.
-            if step == warm_iterations:
-                observe(student)
-                batches = []
-                with torch.no_grad():
-                    for _ in range(20):
-                        z, labels = draw(batch_size, num_classes, generator, device)
-                        with autocast():
-                            batches.append(generator(z, labels))
-                            teacher_logits, _, _, inputs = teacher_forward(teacher, layer, batches[-1])
-                        centroids.update(*semantic_statistics(*image_statistics(inputs), units), labels,
-                                         teacher_logits.argmax(1) == labels)
-                        student(batches[-1])
-                freeze(student)
-                run.measure("ptq")
-                batches = [half_transformed(images) for images in batches]
-                correct_batch_norm(observe(student), teacher, batches)  # activations in float; their ranges go on moving
-                compensate_rounding(freeze(student), teacher, batches)  # and quantized; it corrects batch norms too
-                del batches
+        def calibrate():
+            """Step 1. Once, after the generator's warm-up, by its images: each class's centroid; activation ranges, after
+            which plain quantization is measured; and, half of the images transformed, what rounding did: to each channel's
+            mean and spread, and to each layer's output."""
+            observe(student)
+            batches = []
+            with torch.no_grad():
+                for _ in range(20):
+                    z, labels = draw(batch_size, num_classes, generator, device)
+                    with autocast():
+                        batches.append(generator(z, labels))
+                        teacher_logits, _, _, inputs = teacher_forward(teacher, layer, batches[-1])
+                    centroids.update(*semantic_statistics(*image_statistics(inputs), units), labels,
+                                     teacher_logits.argmax(1) == labels)
+                    student(batches[-1])
+            freeze(student)
+            run.measure("ptq")
+            batches = [half_transformed(images) for images in batches]
+            correct_batch_norm(observe(student), teacher, batches)  # activations in float; their ranges go on moving
+            compensate_rounding(freeze(student), teacher, batches)  # and quantized; it corrects batch norms too
 
+        def iteration(learns):
+            """Steps 2 to 5; learns: whether the student does, or the generator alone. Returns the losses by name."""
             # 2. Draw noise and labels, and images from them.
             z, labels = draw(batch_size, num_classes, generator, device)
             with autocast():
@@ -414,7 +416,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
             means, variances = image_statistics(inputs)                                 # of all layers
             loss_bns = batch_norm_loss(means, variances, *constants)
             loss, losses = loss_ce + bns_weight * loss_bns, {"L_CE": loss_ce.detach(), "L_BNS": loss_bns.detach()}
-            if sfda and step >= warm_iterations:
+            if sfda and learns:
                 statistics = semantic_statistics(means, variances, units)               # m, v: (B, C) each
                 targets = [centroids.means[labels], centroids.variances[labels]]
                 seen = centroids.seen[labels]                                           # (B,)
@@ -429,12 +431,12 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
             generator_optimizer.step()
 
             # 4. The centroids follow, by the images that the teacher recognises.
-            if sfda and step >= warm_iterations:
+            if sfda and learns:
                 centroids.update(*(value.detach() for value in statistics), labels, recognised, rho if ema else 0.0)
 
             # 5. Student step on these images, half of them transformed: L_Q = c CE(Q(x), y) + KL(P(x) || Q(x)) T^2; its
             # rates fall as a cosine.
-            if step >= warm_iterations:
+            if learns:
                 images, half = half_transformed(images.detach()), batch_size // 2
                 with autocast():
                     with torch.no_grad():
@@ -445,12 +447,23 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
                 loss_kd = kd_loss(logits, teacher_logits, temperature)
                 student_optimizer.zero_grad()
                 (ce_weight * loss_qce + loss_kd).backward()
-                done = (step - warm_iterations) / (iterations - warm_iterations)
                 for group in student_optimizer.param_groups:
-                    group["lr"] = group["rate"] * 0.5 * (1 + math.cos(math.pi * done))
+                    group["lr"] = group["rate"] * cosine
                     nn.utils.clip_grad_norm_(group["params"], 3.0)  # else a 3-bit student can fall to chance
                 student_optimizer.step()
                 losses.update({"L_QCE": loss_qce.detach(), "L_KL": loss_kd.detach()})
+            return losses
+
+        first = run.step
+        for step in range(first, iterations):
+            learns = step >= warm_iterations
+            if step in (first, warm_iterations):
+                iterate = Repeated(functools.partial(iteration, learns), device)
+            if step == warm_iterations:
+                calibrate()
+            done = max(0, step - warm_iterations) / (iterations - warm_iterations)
+            cosine.fill_(0.5 * (1 + math.cos(math.pi * done)))
+            losses = iterate()
 
             # 6. Report and save.
             run.report(step + 1, losses)
@@ -928,6 +941,45 @@ class Progress:
         line += f"  {self.rate:.2f} {self.unit}/s  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
         end = "" if self.terminal and step < self.total else "\n"
         print(("\r\x1b[K" if self.terminal else "") + line, end=end, flush=True)
+
+
+class Repeated:
+    """An iteration, time after time. On a GPU, from the fourth time on, a CUDA graph of it: hundreds of operations started at
+    once, where starting each from Python takes longer than most take to run.
+
+    function: takes nothing, and nothing from outside but tensors that stay in their places, and returns tensors, whose values
+    the next time replaces. One that cannot be recorded, as its teacher waits for the GPU, runs as it is, which one line says.
+    """
+
+    def __init__(self, function, device):
+        self.function, self.device, self.times, self.graph = function, device, 0, None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self):
+        if self.stream is None:
+            return self.function()
+        self.times += 1
+        if self.times == 4:
+            self.record()
+        if self.graph is None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.stream):
+                self.result = self.function()
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        else:
+            self.graph.replay()
+        return self.result
+
+    def record(self):
+        random = torch.cuda.default_generators[self.device.index]
+        state, graph = random.clone_state(), torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.result = self.function()
+            self.graph = graph
+        except RuntimeError as error:
+            random.graphsafe_set_state(state)
+            print(f"no CUDA graph of this teacher ({first_line(error)}): each operation is started from Python", flush=True)
 
 
 class Run:

@@ -37,6 +37,7 @@ import argparse
 import contextlib
 import csv
 import difflib
+import functools
 import hashlib
 import inspect
 import io
@@ -89,8 +90,8 @@ class LargeKernelAttention(nn.Module):
 
     def forward(self, x):
         u = F.gelu(self.project_in(x))
-        # Not in bfloat16: on CPUs its weight gradient came back as 1e30 at times (56 x 56 pixels, torch 2.15).
-        with torch.autocast(x.device.type, enabled=False):
+        # On a CPU not in bfloat16: its weight gradient came back as 1e30 at times (56 x 56 pixels, torch 2.15).
+        with torch.autocast("cpu", enabled=False):
             wide = self.dilated(self.local(u.float()))
         return x + self.layer_scale * self.project_out(u * self.mix(wide))
 
@@ -353,32 +354,33 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     torch.manual_seed(seed)
     generator = Generator(image_size, weight, mean, std, lka=lka).to(device, memory_format=torch.channels_last)
     student = quantize_model(teacher, w_bits, a_bits, symmetric, input_range=pixel_range(mean, std))
-    generator_optimizer = torch.optim.Adam(generator.parameters(), generator_lr, betas=(0.5, 0.999), fused=True)
+    generator_optimizer = torch.optim.Adam(generator.parameters(), generator_lr, betas=(0.5, 0.999), fused=True,
+                                           capturable=True)  # within a CUDA graph, see Repeated
     student_optimizer = torch.optim.SGD([
         {"params": [p for p in student.parameters() if p.dim() > 1], "rate": student_lr, "weight_decay": 1e-4},
         {"params": [p for p in student.parameters() if p.dim() < 2], "rate": norm_lr},          # batch norms and biases
     ], momentum=0.9, nesterov=True, fused=True)
-    warm_iterations = int(iterations * warmup)
+    warm_iterations, cosine = int(iterations * warmup), torch.ones((), device=device)
     with Run(settings, teacher, student, generator, device, evaluate, out, resume, checkpoint_every,
              generator_optimizer=generator_optimizer, student_optimizer=student_optimizer) as run:
-        for step in range(run.step, iterations):
-            # 1. Once, after the generator's warm-up, by its images: activation ranges, after which plain quantization is
-            # measured; and, half of the images transformed, what rounding did: to each channel's mean and spread, and to
-            # each layer's output.
-            if step == warm_iterations:
-                observe(student)
-                with torch.no_grad():
-                    with autocast():
-                        batches = [generator(*draw(batch_size, num_classes, generator, device)) for _ in range(20)]
-                    for images in batches:
-                        student(images)
-                freeze(student)
-                run.measure("ptq")
-                batches = [half_transformed(images) for images in batches]
-                correct_batch_norm(observe(student), teacher, batches)  # activations in float; their ranges go on moving
-                compensate_rounding(freeze(student), teacher, batches)  # and quantized; it corrects batch norms too
-                del batches
+        def calibrate():
+            """Step 1. Once, after the generator's warm-up, by its images: activation ranges, after which plain quantization is
+            measured; and, half of the images transformed, what rounding did: to each channel's mean and spread, and to each
+            layer's output."""
+            observe(student)
+            with torch.no_grad():
+                with autocast():
+                    batches = [generator(*draw(batch_size, num_classes, generator, device)) for _ in range(20)]
+                for images in batches:
+                    student(images)
+            freeze(student)
+            run.measure("ptq")
+            batches = [half_transformed(images) for images in batches]
+            correct_batch_norm(observe(student), teacher, batches)  # activations in float; their ranges go on moving
+            compensate_rounding(freeze(student), teacher, batches)  # and quantized; it corrects batch norms too
 
+        def iteration(learns):
+            """Steps 2 to 4; learns: whether the student does, or the generator alone. Returns the losses by name."""
             # 2. Draw noise and labels, and images from them.
             z, labels = draw(batch_size, num_classes, generator, device)
             with autocast():
@@ -394,7 +396,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
             losses = {"L_AMA": loss_ama.detach(), "L_BNS": loss_bns.detach()}
 
             # 4. Student step on these images, half of them transformed: L_Q = c CE(Q(x), y) + L_DKD; its rates fall as a cosine.
-            if step >= warm_iterations:
+            if learns:
                 images, half = half_transformed(images.detach()), batch_size // 2
                 with autocast():
                     with torch.no_grad():
@@ -406,12 +408,23 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
                            else kd_loss(logits, teacher_logits, temperature))
                 student_optimizer.zero_grad()
                 (ce_weight * loss_qce + loss_kd).backward()
-                done = (step - warm_iterations) / (iterations - warm_iterations)
                 for group in student_optimizer.param_groups:
-                    group["lr"] = group["rate"] * 0.5 * (1 + math.cos(math.pi * done))
+                    group["lr"] = group["rate"] * cosine
                     nn.utils.clip_grad_norm_(group["params"], 3.0)  # else a 3-bit student can fall to chance
                 student_optimizer.step()
                 losses.update({"L_QCE": loss_qce.detach(), f"L_{kd.upper()}": loss_kd.detach()})
+            return losses
+
+        first = run.step
+        for step in range(first, iterations):
+            learns = step >= warm_iterations
+            if step in (first, warm_iterations):
+                iterate = Repeated(functools.partial(iteration, learns), device)
+            if step == warm_iterations:
+                calibrate()
+            done = max(0, step - warm_iterations) / (iterations - warm_iterations)
+            cosine.fill_(0.5 * (1 + math.cos(math.pi * done)))
+            losses = iterate()
 
             # 5. Report and save.
             run.report(step + 1, losses)
@@ -883,6 +896,45 @@ class Progress:
         line += f"  {self.rate:.2f} {self.unit}/s  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
         end = "" if self.terminal and step < self.total else "\n"
         print(("\r\x1b[K" if self.terminal else "") + line, end=end, flush=True)
+
+
+class Repeated:
+    """An iteration, time after time. On a GPU, from the fourth time on, a CUDA graph of it: hundreds of operations started at
+    once, where starting each from Python takes longer than most take to run.
+
+    function: takes nothing, and nothing from outside but tensors that stay in their places, and returns tensors, whose values
+    the next time replaces. One that cannot be recorded, as its teacher waits for the GPU, runs as it is, which one line says.
+    """
+
+    def __init__(self, function, device):
+        self.function, self.device, self.times, self.graph = function, device, 0, None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self):
+        if self.stream is None:
+            return self.function()
+        self.times += 1
+        if self.times == 4:
+            self.record()
+        if self.graph is None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.stream):
+                self.result = self.function()
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        else:
+            self.graph.replay()
+        return self.result
+
+    def record(self):
+        random = torch.cuda.default_generators[self.device.index]
+        state, graph = random.clone_state(), torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.result = self.function()
+            self.graph = graph
+        except RuntimeError as error:
+            random.graphsafe_set_state(state)
+            print(f"no CUDA graph of this teacher ({first_line(error)}): each operation is started from Python", flush=True)
 
 
 class Run:

@@ -987,6 +987,37 @@ def test_an_iteration_never_waits_for_the_device(teacher, script, monkeypatch):
     assert len(at_start) == 28 and at_start[-1] == at_start[-6] and len(waits) > 0
 
 
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@on_a_gpu
+def test_a_recorded_iteration_does_what_it_does_when_started_from_python(teacher, script, monkeypatch):
+    made = []
+
+    class Kept(script.Repeated):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    def parameters(repeated):
+        monkeypatch.setattr(script, "Repeated", repeated)
+        student, _ = script.quantize(teacher, **{**SMALL, "device": "cuda"}, iterations=16, warmup=0.5, precision="float32")
+        return torch.cat([p.detach().flatten() for p in student.parameters()])
+    plain, recorded = parameters(lambda function, device: function), parameters(Kept)
+    start = torch.cat([p.flatten() for p in teacher.parameters()]).to(plain)
+    assert [one.graph is not None for one in made] == [True, True]
+    assert (recorded - plain).norm() < 0.02 * (plain - start).norm()
+
+
+@on_a_gpu
+def test_a_teacher_that_waits_for_the_gpu_runs_as_it_is(script, capsys):
+    class Waits(Odd):
+        def forward(self, x):
+            return super().forward(x if x.mean().item() < 1e9 else -x)
+    _, result = script.quantize(Waits().eval(), **{**SMALL, "device": "cuda"}, iterations=12, warmup=0.5)
+    assert capsys.readouterr().out.count("no CUDA graph") == 2 and 0 <= result["q_agreement"] <= 100
+
+
 def test_resume_may_bring_the_images_to_measure_on(teacher, tmp_path, capsys, script):
     script.quantize(teacher, **SMALL, iterations=2, out=tmp_path)
     _, result = script.quantize(teacher, **SMALL, iterations=2, out=tmp_path, resume=True, evaluate=lambda model: 50.0)
