@@ -353,7 +353,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     mean, std, generator_lr, student_lr, norm_lr = (
         settings[key] for key in ("mean", "std", "generator_lr", "student_lr", "norm_lr"))
     if student_lr is None:
-        student_lr = settings["student_lr"] = 1e-4 if num_classes > 100 else 3e-3
+        student_lr = settings["student_lr"] = 1e-3 if num_classes > 100 else 3e-3
     if bns_weight is None:
         bns_weight = settings["bns_weight"] = 1.0 if num_classes <= 100 else 100.0
     if ce_weight is None:
@@ -1239,7 +1239,7 @@ def common_flags(parser):
         "(default: %(default)s)")
     add("--generator-lr", type=float, metavar="RATE", help="of Adam (default: %(default)s, GDFQ)")
     add("--student-lr", type=float, metavar="RATE", help="of SGD for the student's weights, falling as a cosine to zero "
-        "(default: 0.003, above 100 classes 0.0001; published, for 80,000 iterations: 0.0001 and 0.000001)")
+        "(default: 0.003, above 100 classes 0.001; published, for 80,000 iterations: 0.0001 and 0.000001)")
     add("--norm-lr", type=float, metavar="RATE", help="the same for its batch norms and biases, all that has one dimension "
         "(default: %(default)s; with both 0 the student is only corrected)")
     add("--seed", type=int, metavar="N", help="seed of all random numbers (default: %(default)s)")

@@ -907,7 +907,7 @@ def test_ce_weight_is_that_of_the_students_cross_entropy(teacher, script, monkey
 
 
 @pytest.mark.parametrize("w_bits, num_classes, student_lr, bns_weight, ce_weight",
-                         ((3, 7, 3e-3, 1, 1), (2, 7, 3e-3, 1, 1), (2, 101, 1e-4, 100, 0)))
+                         ((3, 7, 3e-3, 1, 1), (2, 7, 3e-3, 1, 1), (2, 101, 1e-3, 100, 0)))
 def test_rates_and_weights_left_out_follow_from_classes_not_bits(w_bits, num_classes, student_lr, bns_weight, ce_weight, teacher,
                                                                  script):
     teacher.head = nn.Linear(12, num_classes)
