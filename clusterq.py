@@ -325,6 +325,7 @@ class Centroids(nn.Module):
         yet. rho None: the mean of all images so far. means, variances: (B, C). labels: (B,). recognised: (B,) bool, the
         images that count. Only the rows of the batch's classes are touched, so the cost does not depend on K."""
         n = torch.zeros_like(self.count).index_add_(0, labels, recognised.float())       # (K,)
+        # Not torch.where(seen, rho, 1.0), which copies numbers to a GPU and waits.
         rate = n / (self.count + n).clamp(min=1) if rho is None else 1 - (1 - rho) * self.seen.float()
         share = (recognised * rate[labels] / n[labels].clamp(min=1))[:, None]           # (B, 1)
         for centroid, values in ((self.means, means), (self.variances, variances)):
@@ -454,15 +455,15 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
                 losses.update({"L_QCE": loss_qce.detach(), "L_KL": loss_kd.detach()})
             return losses
 
-        first = run.step
-        for step in range(first, iterations):
+        begun = run.step
+        for step in range(begun, iterations):
             learns = step >= warm_iterations
-            if step in (first, warm_iterations):
+            if step in (begun, warm_iterations):
                 iterate = Repeated(functools.partial(iteration, learns), device)
             if step == warm_iterations:
                 calibrate()
             done = max(0, step - warm_iterations) / (iterations - warm_iterations)
-            cosine.fill_(0.5 * (1 + math.cos(math.pi * done)))
+            cosine.fill_(0.5 * (1 + math.cos(math.pi * done)))  # in its place: a CUDA graph reads it anew
             losses = iterate()
 
             # 6. Report and save.
@@ -948,38 +949,55 @@ class Repeated:
     once, where starting each from Python takes longer than most take to run.
 
     function: takes nothing, and nothing from outside but tensors that stay in their places, and returns tensors, whose values
-    the next time replaces. One that cannot be recorded, as its teacher waits for the GPU, runs as it is, which one line says.
+    the next time replaces. Its Python runs only until it is recorded. One whose teacher waits for the GPU is not recorded:
+    a recording that fails leaves torch's allocator (2.11) as if it still went on, so that is found out before.
     """
 
     def __init__(self, function, device):
-        self.function, self.device, self.times, self.graph = function, device, 0, None
+        self.function, self.device, self.times, self.graph, self.why_not = function, device, 0, None, None
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self):
         if self.stream is None:
             return self.function()
-        self.times += 1
-        if self.times == 4:
+        self.times += 1  # three first: cuDNN chooses its algorithms, optimizers make their state
+        if self.times == 4 and not self.why_not:
             self.record()
-        if self.graph is None:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self.stream):
-                self.result = self.function()
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        else:
+        if self.graph is not None:
             self.graph.replay()
-        return self.result
+            return self.result
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            result = self.watched() if self.times == 3 else self.function()
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        if self.times == 4:
+            print(f"\nno CUDA graph ({self.why_not}): each operation is started from Python", flush=True)
+        return result
+
+    def watched(self):
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                result = self.function()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        if any("synchronizing" in str(warning.message) for warning in said):
+            self.why_not = "the teacher waits for the GPU"
+        return result
 
     def record(self):
         random = torch.cuda.default_generators[self.device.index]
         state, graph = random.clone_state(), torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            with torch.cuda.stream(torch.cuda.current_stream(self.device)), torch.cuda.graph(  # the outer one: if this fails
+                    graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.result = self.function()
             self.graph = graph
         except RuntimeError as error:
             random.graphsafe_set_state(state)
-            print(f"no CUDA graph of this teacher ({first_line(error)}): each operation is started from Python", flush=True)
+            self.why_not = first_line(error)
 
 
 class Run:

@@ -90,7 +90,7 @@ class LargeKernelAttention(nn.Module):
 
     def forward(self, x):
         u = F.gelu(self.project_in(x))
-        # On a CPU not in bfloat16: its weight gradient came back as 1e30 at times (56 x 56 pixels, torch 2.15).
+        # On a CPU in float32: in bfloat16 these weights' gradient was 1e30 at times (56 x 56 pixels, torch 2.15).
         with torch.autocast("cpu", enabled=False):
             wide = self.dilated(self.local(u.float()))
         return x + self.layer_scale * self.project_out(u * self.mix(wide))
@@ -415,15 +415,15 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
                 losses.update({"L_QCE": loss_qce.detach(), f"L_{kd.upper()}": loss_kd.detach()})
             return losses
 
-        first = run.step
-        for step in range(first, iterations):
+        begun = run.step
+        for step in range(begun, iterations):
             learns = step >= warm_iterations
-            if step in (first, warm_iterations):
+            if step in (begun, warm_iterations):
                 iterate = Repeated(functools.partial(iteration, learns), device)
             if step == warm_iterations:
                 calibrate()
             done = max(0, step - warm_iterations) / (iterations - warm_iterations)
-            cosine.fill_(0.5 * (1 + math.cos(math.pi * done)))
+            cosine.fill_(0.5 * (1 + math.cos(math.pi * done)))  # in its place: a CUDA graph reads it anew
             losses = iterate()
 
             # 5. Report and save.
@@ -903,38 +903,55 @@ class Repeated:
     once, where starting each from Python takes longer than most take to run.
 
     function: takes nothing, and nothing from outside but tensors that stay in their places, and returns tensors, whose values
-    the next time replaces. One that cannot be recorded, as its teacher waits for the GPU, runs as it is, which one line says.
+    the next time replaces. Its Python runs only until it is recorded. One whose teacher waits for the GPU is not recorded:
+    a recording that fails leaves torch's allocator (2.11) as if it still went on, so that is found out before.
     """
 
     def __init__(self, function, device):
-        self.function, self.device, self.times, self.graph = function, device, 0, None
+        self.function, self.device, self.times, self.graph, self.why_not = function, device, 0, None, None
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self):
         if self.stream is None:
             return self.function()
-        self.times += 1
-        if self.times == 4:
+        self.times += 1  # three first: cuDNN chooses its algorithms, optimizers make their state
+        if self.times == 4 and not self.why_not:
             self.record()
-        if self.graph is None:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self.stream):
-                self.result = self.function()
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        else:
+        if self.graph is not None:
             self.graph.replay()
-        return self.result
+            return self.result
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            result = self.watched() if self.times == 3 else self.function()
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        if self.times == 4:
+            print(f"\nno CUDA graph ({self.why_not}): each operation is started from Python", flush=True)
+        return result
+
+    def watched(self):
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                result = self.function()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        if any("synchronizing" in str(warning.message) for warning in said):
+            self.why_not = "the teacher waits for the GPU"
+        return result
 
     def record(self):
         random = torch.cuda.default_generators[self.device.index]
         state, graph = random.clone_state(), torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            with torch.cuda.stream(torch.cuda.current_stream(self.device)), torch.cuda.graph(  # the outer one: if this fails
+                    graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.result = self.function()
             self.graph = graph
         except RuntimeError as error:
             random.graphsafe_set_state(state)
-            print(f"no CUDA graph of this teacher ({first_line(error)}): each operation is started from Python", flush=True)
+            self.why_not = first_line(error)
 
 
 class Run:
