@@ -906,14 +906,26 @@ def test_ce_weight_is_that_of_the_students_cross_entropy(teacher, script, monkey
     assert norms[:2] == [0, 0] and min(norms[2:4]) > 0 and norms[4:] == pytest.approx([2 * norm for norm in norms[2:4]])
 
 
-@pytest.mark.parametrize("w_bits, num_classes, student_lr, bns_weight, ce_weight",
-                         ((3, 7, 3e-3, 1, 1), (2, 7, 3e-3, 1, 1), (2, 101, 1e-3, 100, 0)))
-def test_rates_and_weights_left_out_follow_from_classes_not_bits(w_bits, num_classes, student_lr, bns_weight, ce_weight, teacher,
-                                                                 script):
+@pytest.mark.parametrize("num_classes, iterations, student_lr, norm_lr, bns_weight, ce_weight", (
+    (7, 1, 3e-3, 1e-2, 1, 1), (7, 1000, 3e-3, 1e-2, 1, 1), (7, 4000, 1.5e-3, 5e-3, 1, 1), (101, 4000, 1e-3, 1e-2, 100, 0),
+    (101, 400000, 1e-4, 1e-3, 100, 0)))
+@pytest.mark.parametrize("w_bits", (2, 3))
+def test_rates_and_weights_left_out_follow_from_classes_and_iterations_not_bits(
+        w_bits, num_classes, iterations, student_lr, norm_lr, bns_weight, ce_weight, teacher, script, monkeypatch):
     teacher.head = nn.Linear(12, num_classes)
-    _, result = script.quantize(teacher, **{**SMALL, "w_bits": w_bits, "num_classes": num_classes}, iterations=1)
-    assert [result[name] for name in ("student_lr", "norm_lr", "bns_weight", "ce_weight")] == [student_lr, 0.01, bns_weight, ce_weight]
-    assert script is clusterq or result["margin"] == (-0.5 if num_classes <= 100 else 0)
+    chosen, rates = {}, []
+
+    def begin(settings, *args, student_optimizer, **parts):
+        chosen.update(settings)
+        rates.extend(group["rate"] for group in student_optimizer.param_groups)
+        raise InterruptedError
+    monkeypatch.setattr(script, "Run", begin)
+    with pytest.raises(InterruptedError):
+        script.quantize(teacher, **{**SMALL, "w_bits": w_bits, "num_classes": num_classes}, iterations=iterations)
+    assert [chosen[name] for name in ("student_lr", "norm_lr", "bns_weight", "ce_weight")] == pytest.approx(
+        [student_lr, norm_lr, bns_weight, ce_weight])
+    assert rates == [chosen["student_lr"], chosen["norm_lr"]]
+    assert script is clusterq or chosen["margin"] == (-0.5 if num_classes <= 100 else 0)
 
 
 def test_the_student_learns_by_sgd_at_rates_that_fall_as_a_cosine_and_the_generator_by_adam(teacher, script, monkeypatch):
