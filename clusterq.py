@@ -461,9 +461,8 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
 
         begun = run.step
         for step in range(begun, iterations):
-            learns = step >= warm_iterations
             if step in (begun, warm_iterations):
-                iterate = Repeated(functools.partial(iteration, learns), device)
+                iterate = Repeated(functools.partial(iteration, learns=step >= warm_iterations), device)
             if step == warm_iterations:
                 calibrate()
             done = max(0, step - warm_iterations) / (iterations - warm_iterations)
@@ -1264,7 +1263,7 @@ def common_flags(parser):
         "(default: 0.003, for more than 1000 iterations 0.003 sqrt(1000 / iterations); above 100 classes 0.001, for more than 4000 "
         "0.001 sqrt(4000 / iterations); published: 0.0001 for CIFAR, 0.000001 for ImageNet)")
     add("--norm-lr", type=float, metavar="RATE", help="the same for its batch norms and biases, all that has one dimension "
-        "(default: 0.01, for as many iterations times the same root; with both 0 the student is only corrected)")
+        "(default: 0.01, in a longer run times the same root; with both 0 the student is only corrected)")
     add("--seed", type=int, metavar="N", help="seed of all random numbers (default: %(default)s)")
     add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one, else cpu)")
     add("--precision", help="float32, bfloat16, or auto (default): bfloat16 where the processor has it; of convolutions "
