@@ -906,12 +906,12 @@ def test_ce_weight_is_that_of_the_students_cross_entropy(teacher, script, monkey
     assert norms[:2] == [0, 0] and min(norms[2:4]) > 0 and norms[4:] == pytest.approx([2 * norm for norm in norms[2:4]])
 
 
-@pytest.mark.parametrize("num_classes, iterations, student_lr, norm_lr, bns_weight, ce_weight", (
-    (7, 1, 3e-3, 1e-2, 1, 1), (7, 1000, 3e-3, 1e-2, 1, 1), (7, 4000, 1.5e-3, 5e-3, 1, 1), (101, 4000, 1e-3, 1e-2, 100, 0),
-    (101, 400000, 1e-4, 1e-3, 100, 0)))
+@pytest.mark.parametrize("num_classes, iterations, student_lr, norm_lr, pull, bns_weight, ce_weight", (
+    (7, 1, 3e-3, 1e-2, 1e-2, 1, 1), (7, 1000, 3e-3, 1e-2, 1e-2, 1, 1), (7, 4000, 1.5e-3, 5e-3, 5e-3, 1, 1),
+    (101, 4000, 1e-3, 1e-2, 0, 100, 0), (101, 400000, 1e-4, 1e-3, 0, 100, 0)))
 @pytest.mark.parametrize("w_bits", (2, 3))
 def test_rates_and_weights_left_out_follow_from_classes_and_iterations_not_bits(
-        w_bits, num_classes, iterations, student_lr, norm_lr, bns_weight, ce_weight, teacher, script, monkeypatch):
+        w_bits, num_classes, iterations, student_lr, norm_lr, pull, bns_weight, ce_weight, teacher, script, monkeypatch):
     teacher.head = nn.Linear(12, num_classes)
     chosen, rates = {}, []
 
@@ -922,8 +922,8 @@ def test_rates_and_weights_left_out_follow_from_classes_and_iterations_not_bits(
     monkeypatch.setattr(script, "Run", begin)
     with pytest.raises(InterruptedError):
         script.quantize(teacher, **{**SMALL, "w_bits": w_bits, "num_classes": num_classes}, iterations=iterations)
-    assert [chosen[name] for name in ("student_lr", "norm_lr", "bns_weight", "ce_weight")] == [student_lr, norm_lr, bns_weight,
-                                                                                              ce_weight]
+    assert [chosen[name] for name in ("student_lr", "norm_lr", "pull", "bns_weight", "ce_weight")] == [
+        student_lr, norm_lr, pull, bns_weight, ce_weight]
     assert rates == [chosen["student_lr"], chosen["norm_lr"]]
     assert script is clusterq or chosen["margin"] == (-0.5 if num_classes <= 100 else 0)
 
@@ -1213,6 +1213,25 @@ def test_a_large_gradient_does_not_throw_the_student_far(teacher, monkeypatch, s
         moved = sum((p - before[name]).square().sum() for name, p in student.named_parameters()
                     if (p.dim() > 1) == weights and name != "bn.bias").sqrt()
         assert rate < moved < rate * 1.9 * 3 * 1.05
+
+
+def test_after_each_step_the_student_goes_back_a_share_of_the_way_to_where_it_began(teacher, script, monkeypatch):
+    before, after = [], []
+
+    class Watched(torch.optim.SGD):
+        def step(self):
+            params = [p for group in self.param_groups for p in group["params"]]
+            before.append([p.detach().clone() for p in params])
+            super().step()
+            after.append([p.detach().clone() for p in params])
+    monkeypatch.setattr(torch.optim, "SGD", Watched)
+    script.quantize(teacher, **SMALL, iterations=6, warmup=0.2, pull=0.6)
+    assert len(before) == 5
+    for i in range(4):
+        share = 0.6 * 0.5 * (1 + math.cos(math.pi * i / 5))
+        for start, stepped, pulled in zip(before[0], after[i], before[i + 1]):
+            assert torch.allclose(pulled, stepped + share * (start - stepped), rtol=1e-5, atol=1e-7)
+    assert not any(torch.equal(start, stepped) for start, stepped in zip(before[0], after[0]))
 
 
 def test_a_teacher_without_scales_and_biases_is_quantized(script):
