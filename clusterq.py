@@ -21,8 +21,7 @@ The algorithm, as numbered in quantize():
  3. Generator step on L_G = L_CE + a L_BNS + b L_SFDA, through the frozen P; G learns alone, without L_SFDA, at first.
  4. The centroids follow the images as exponential moving averages.
  5. Student step on the same images, half of them transformed as in 1: L_Q = c CE(Q(x), y) + KL(P(x) || Q(x)) T^2, CE only
-    where P sees y in x, and c = 0 above 100 classes. Batch norms and biases learn at a higher rate than weights; up to 100
-    classes, after each step, all go back by a hundredth of the way towards what 1 gave.
+    where P sees y in x, and c = 0 above 100 classes. Batch norms and biases learn at a higher rate than weights.
  6. Report and save.
  7. Evaluate, and write Q as integers.
 
@@ -337,8 +336,8 @@ class Centroids(nn.Module):
 def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, iterations, batch_size, seed=0,
              device="auto", evaluate=None, out=None, symmetric=False, classifier=None, precision="auto", sfda=True,
              variance=True, fresh_noise=False, ema=True, rho=0.2, noise=0.5, first_layer=None, temperature=4.0,
-             bns_weight=None, sfda_weight=0.9, ce_weight=None, generator_lr=1e-3, student_lr=None, norm_lr=None, pull=None,
-             warmup=0.15, separability=False, resume=False, checkpoint_every=60, about=None):
+             bns_weight=None, sfda_weight=0.9, ce_weight=None, generator_lr=1e-3, student_lr=None, norm_lr=None, warmup=0.15,
+             separability=False, resume=False, checkpoint_every=60, about=None):
     """Quantize a trained classifier without its data. Returns (student, result).
 
     teacher: any nn.Module, (B, C, S, S) -> (B, num_classes), with BatchNorm2d; it is left as it is. image_size: S, a
@@ -352,16 +351,14 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     TypeError). It seeds torch's random numbers and sets cuDNN's flags.
     """
     settings = check_settings(locals())
-    mean, std, generator_lr, student_lr, norm_lr, pull = (
-        settings[key] for key in ("mean", "std", "generator_lr", "student_lr", "norm_lr", "pull"))
+    mean, std, generator_lr, student_lr, norm_lr = (
+        settings[key] for key in ("mean", "std", "generator_lr", "student_lr", "norm_lr"))
     # In a longer run the student's steps are shorter, or it ends farther from its teacher on real images (README).
     shorter = min(1, (1000 if num_classes <= 100 else 4000) / iterations) ** 0.5
     if student_lr is None:
         student_lr = settings["student_lr"] = (3e-3 if num_classes <= 100 else 1e-3) * shorter
     if norm_lr is None:
         norm_lr = settings["norm_lr"] = 1e-2 * shorter
-    if pull is None:
-        pull = settings["pull"] = 1e-2 * shorter if num_classes <= 100 else 0.0
     if bns_weight is None:
         bns_weight = settings["bns_weight"] = 1.0 if num_classes <= 100 else 100.0
     if ce_weight is None:
@@ -409,8 +406,6 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
             batches = [half_transformed(images) for images in batches]
             correct_batch_norm(observe(student), teacher, batches)  # activations in float; their ranges go on moving
             compensate_rounding(freeze(student), teacher, batches)  # and quantized; it corrects batch norms too
-            for p in student.parameters() if pull else ():
-                student_optimizer.state[p]["start"] = p.detach().clone()
 
         def iteration(learns):
             """Steps 2 to 5; learns: whether the student does, or the generator alone. Returns the losses by name."""
@@ -461,10 +456,6 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
                     group["lr"] = group["rate"] * cosine
                     nn.utils.clip_grad_norm_(group["params"], 3.0)  # else a 3-bit student can fall to chance
                 student_optimizer.step()
-                if pull:  # back towards what step 1 gave: images teach the student some errors too (L2-SP, arXiv 1802.01483)
-                    with torch.no_grad():
-                        for p in student.parameters():
-                            p.lerp_(student_optimizer.state[p]["start"], pull * cosine)
                 losses.update({"L_QCE": loss_qce.detach(), "L_KL": loss_kd.detach()})
             return losses
 
@@ -532,7 +523,6 @@ COMMON_RULES = {  # setting: (whether a value will do, what to choose)
     "generator_lr": NOT_NEGATIVE,
     "student_lr": NONE_OR_NOT_NEGATIVE,
     "norm_lr": NONE_OR_NOT_NEGATIVE,
-    "pull": (lambda v: v is None or 0 <= v <= 1, "a share, from 0 to 1"),
     "precision": (lambda v: v in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")}
 NOT_SETTINGS = ("teacher", "device", "evaluate", "out", "resume", "checkpoint_every", "about")
 
@@ -1274,8 +1264,6 @@ def common_flags(parser):
         "0.001 sqrt(4000 / iterations); published: 0.0001 for CIFAR, 0.000001 for ImageNet)")
     add("--norm-lr", type=float, metavar="RATE", help="the same for its batch norms and biases, all that has one dimension "
         "(default: 0.01, in a longer run times the same root; with both 0 the student is only corrected)")
-    add("--pull", type=float, metavar="SHARE", help="how far all of them go back, after each step, towards what they were before "
-        "the first, falling as the same cosine (default: 0.01, in a longer run times the same root; 0 above 100 classes)")
     add("--seed", type=int, metavar="N", help="seed of all random numbers (default: %(default)s)")
     add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one, else cpu)")
     add("--precision", help="float32, bfloat16, or auto (default): bfloat16 where the processor has it; of convolutions "

@@ -9,7 +9,7 @@ batch-norm statistics and classes are those that P remembers, and Q learns from 
     python lrq.py --help                             # every flag, its default and where that comes from
 
 Result (README): ResNet-20 on CIFAR-10, 2-bit weights and 4-bit activations, 400 iterations of 64 images, three seeds: 85.4
-+- 0.4 % top-1 of 88.0, where plain quantization leaves 29.5; three to five minutes on one CPU core.
++- 0.1 % top-1 of 88.0, where plain quantization leaves 29.5; three to five minutes on one CPU core.
 
 The algorithm, as numbered in quantize():
  1. Once, after the generator's warm-up, by its images: the ranges of Q's activations; then, with half of the images
@@ -321,8 +321,8 @@ def teacher_forward(teacher, classifier, images):
 
 def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, iterations, batch_size, seed=0,
              device="auto", evaluate=None, out=None, symmetric=False, classifier=None, precision="auto", lka=True,
-             margin=None, kd="dkd", temperature=4.0, alpha=1.0, beta=1.0, bns_weight=None, ce_weight=None, generator_lr=1e-3,
-             student_lr=None, norm_lr=None, pull=None, warmup=0.15, resume=False, checkpoint_every=60, about=None):
+             margin=None, kd="dkd", temperature=4.0, alpha=1.0, beta=1.0, bns_weight=None, ce_weight=None, pull=None,
+             generator_lr=1e-3, student_lr=None, norm_lr=None, warmup=0.15, resume=False, checkpoint_every=60, about=None):
     """Quantize a trained classifier without its data. Returns (student, result).
 
     teacher: any nn.Module, (B, C, S, S) -> (B, num_classes), with BatchNorm2d; it is left as it is. image_size: S, a
@@ -385,8 +385,9 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
             batches = [half_transformed(images) for images in batches]
             correct_batch_norm(observe(student), teacher, batches)  # activations in float; their ranges go on moving
             compensate_rounding(freeze(student), teacher, batches)  # and quantized; it corrects batch norms too
-            for p in student.parameters() if pull else ():
-                student_optimizer.state[p]["start"] = p.detach().clone()
+            if pull:
+                for p in student.parameters():
+                    student_optimizer.state[p]["start"] = p.detach().clone()
 
         def iteration(learns):
             """Steps 2 to 4; learns: whether the student does, or the generator alone. Returns the losses by name."""
@@ -486,7 +487,6 @@ COMMON_RULES = {  # setting: (whether a value will do, what to choose)
     "generator_lr": NOT_NEGATIVE,
     "student_lr": NONE_OR_NOT_NEGATIVE,
     "norm_lr": NONE_OR_NOT_NEGATIVE,
-    "pull": (lambda v: v is None or 0 <= v <= 1, "a share, from 0 to 1"),
     "precision": (lambda v: v in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")}
 NOT_SETTINGS = ("teacher", "device", "evaluate", "out", "resume", "checkpoint_every", "about")
 
@@ -1228,8 +1228,6 @@ def common_flags(parser):
         "0.001 sqrt(4000 / iterations); published: 0.0001 for CIFAR, 0.000001 for ImageNet)")
     add("--norm-lr", type=float, metavar="RATE", help="the same for its batch norms and biases, all that has one dimension "
         "(default: 0.01, in a longer run times the same root; with both 0 the student is only corrected)")
-    add("--pull", type=float, metavar="SHARE", help="how far all of them go back, after each step, towards what they were before "
-        "the first, falling as the same cosine (default: 0.01, in a longer run times the same root; 0 above 100 classes)")
     add("--seed", type=int, metavar="N", help="seed of all random numbers (default: %(default)s)")
     add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one, else cpu)")
     add("--precision", help="float32, bfloat16, or auto (default): bfloat16 where the processor has it; of convolutions "
@@ -1293,7 +1291,8 @@ def run(main):
 
 RULES = {"margin": (lambda v: v is None or abs(v) < math.pi, "a number of radians between -pi and pi"),
          "kd": (lambda v: v in ("kl", "dkd"), "kl or dkd"), "temperature": POSITIVE, "alpha": NOT_NEGATIVE,
-         "beta": NOT_NEGATIVE, "bns_weight": NONE_OR_NOT_NEGATIVE, "ce_weight": NONE_OR_NOT_NEGATIVE}
+         "beta": NOT_NEGATIVE, "bns_weight": NONE_OR_NOT_NEGATIVE, "ce_weight": NONE_OR_NOT_NEGATIVE,
+         "pull": (lambda v: v is None or 0 <= v <= 1, "a share, from 0 to 1")}
 
 
 def main(argv=None):
@@ -1310,6 +1309,9 @@ def main(argv=None):
     add("--beta", type=float, help="weight of NCKD (default: %(default)s)")
     add("--bns-weight", type=float, help="weight of L_BNS (default: 1 up to 100 classes, 100 above; GDFQ has 0.1)")
     add("--ce-weight", type=float, help="weight of the student's cross-entropy (default: 1 up to 100 classes, 0 above)")
+    add("--pull", type=float, metavar="SHARE", help="of the way back to where the student began to learn, that its weights, batch "
+        "norms and biases go after each step, falling as their rates do (default: 0.01, in a longer run times the root that "
+        "--student-lr has; above 100 classes 0)")
     command_line(parser, argv)
 
 

@@ -922,10 +922,10 @@ def test_rates_and_weights_left_out_follow_from_classes_and_iterations_not_bits(
     monkeypatch.setattr(script, "Run", begin)
     with pytest.raises(InterruptedError):
         script.quantize(teacher, **{**SMALL, "w_bits": w_bits, "num_classes": num_classes}, iterations=iterations)
-    assert [chosen[name] for name in ("student_lr", "norm_lr", "pull", "bns_weight", "ce_weight")] == [
-        student_lr, norm_lr, pull, bns_weight, ce_weight]
+    assert [chosen[name] for name in ("student_lr", "norm_lr", "bns_weight", "ce_weight")] == [student_lr, norm_lr, bns_weight,
+                                                                                              ce_weight]
     assert rates == [chosen["student_lr"], chosen["norm_lr"]]
-    assert script is clusterq or chosen["margin"] == (-0.5 if num_classes <= 100 else 0)
+    assert script is clusterq or (chosen["margin"], chosen["pull"]) == (-0.5 if num_classes <= 100 else 0, pull)
 
 
 def test_the_student_learns_by_sgd_at_rates_that_fall_as_a_cosine_and_the_generator_by_adam(teacher, script, monkeypatch):
@@ -1215,7 +1215,7 @@ def test_a_large_gradient_does_not_throw_the_student_far(teacher, monkeypatch, s
         assert rate < moved < rate * 1.9 * 3 * 1.05
 
 
-def test_after_each_step_the_student_goes_back_a_share_of_the_way_to_where_it_began(teacher, script, monkeypatch):
+def test_after_each_step_the_student_of_lrq_goes_back_a_share_of_the_way_to_where_it_began(teacher, monkeypatch):
     before, after = [], []
 
     class Watched(torch.optim.SGD):
@@ -1225,7 +1225,7 @@ def test_after_each_step_the_student_goes_back_a_share_of_the_way_to_where_it_be
             super().step()
             after.append([p.detach().clone() for p in params])
     monkeypatch.setattr(torch.optim, "SGD", Watched)
-    script.quantize(teacher, **SMALL, iterations=6, warmup=0.2, pull=0.6)
+    lrq.quantize(teacher, **SMALL, iterations=6, warmup=0.2, pull=0.6)
     assert len(before) == 5
     for i in range(4):
         share = 0.6 * 0.5 * (1 + math.cos(math.pi * i / 5))
