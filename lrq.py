@@ -385,7 +385,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
             batches = [half_transformed(images) for images in batches]
             correct_batch_norm(observe(student), teacher, batches)  # activations in float; their ranges go on moving
             compensate_rounding(freeze(student), teacher, batches)  # and quantized; it corrects batch norms too
-            if pull:
+            if pull:  # what the student is pulled back to; the optimizer keeps it, so that a checkpoint has it
                 for p in student.parameters():
                     student_optimizer.state[p]["start"] = p.detach().clone()
 
@@ -423,9 +423,10 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
                     nn.utils.clip_grad_norm_(group["params"], 3.0)  # else a 3-bit student can fall to chance
                 student_optimizer.step()
                 if pull:  # back towards what step 1 gave: images teach the student some errors too (L2-SP, arXiv 1802.01483)
+                    share = pull * cosine
                     with torch.no_grad():
                         for p in student.parameters():
-                            p.lerp_(student_optimizer.state[p]["start"], pull * cosine)
+                            p.lerp_(student_optimizer.state[p]["start"], share)
                 losses.update({"L_QCE": loss_qce.detach(), f"L_{kd.upper()}": loss_kd.detach()})
             return losses
 
