@@ -1024,9 +1024,9 @@ def test_a_recorded_iteration_does_what_it_does_when_started_from_python(precisi
         monkeypatch.setattr(script, "Repeated", repeated)
         student, result = script.quantize(teacher, **{**SMALL, "device": "cuda"}, iterations=16, warmup=0.5, precision=precision)
         assert result["precision"] == precision
-        return torch.cat([p.detach().flatten() for p in student.parameters()])
+        return nn.utils.parameters_to_vector(student.parameters()).detach()
     plain, recorded = parameters(lambda function, device: function), parameters(Kept)
-    start = torch.cat([p.flatten() for p in teacher.parameters()]).to(plain)
+    start = nn.utils.parameters_to_vector(teacher.parameters()).to(plain)
     assert [one.graph is not None for one in made] == [True, True]
     # Sums in another order round another weight up, in bfloat16 soon many; two ways at random would differ by 1.4.
     assert (recorded - plain).norm() < {"float32": 0.02, "bfloat16": 0.7}[precision] * (plain - start).norm()
@@ -1043,12 +1043,11 @@ def test_on_a_gpu_a_resumed_run_ends_as_one_that_never_stopped(stop_at, teacher,
         if step == stop_at:
             self.requests.append(signal.SIGINT)
         return report(self, step, losses)
-    monkeypatch.setattr(script.Run, "report", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(script.Run, "report", stopping)
         script.quantize(teacher, **arguments, out=tmp_path)
-    monkeypatch.setattr(script.Run, "report", report)
     parts, _ = script.quantize(teacher, **arguments, out=tmp_path, resume=True)
-    whole, parts, start = (torch.cat([p.detach().flatten() for p in model.parameters()]).cpu() for model in (whole, parts, teacher))
+    whole, parts, start = (nn.utils.parameters_to_vector(model.parameters()).cpu() for model in (whole, parts, teacher))
     assert (parts - whole).norm() < 0.02 * (whole - start).norm()
 
 
