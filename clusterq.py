@@ -849,7 +849,7 @@ def first_line(error):
 
 
 def choose_device(name, precision):
-    """(device, number type): that of convolutions while training, bfloat16 where it is native."""
+    """(device, number type): that of convolutions while training, bfloat16 where the processor is faster in it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -862,9 +862,10 @@ def choose_device(name, precision):
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     if precision == "auto":
         able = torch.cpu.get_capabilities()
-        native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
-                  device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16")))
-        precision = "bfloat16" if native else "float32"
+        intel = "Intel" in able.get("cpu_name", "")  # whose bfloat16 is slower than its float32, but for AMX (README)
+        fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else device.type == "cpu" and
+                (able.get("amx_bf16") or able.get("avx512_bf16") and not intel))
+        precision = "bfloat16" if fast else "float32"
     return device, getattr(torch, precision)
 
 
@@ -1266,8 +1267,8 @@ def common_flags(parser):
         "(default: 0.01, in a longer run times the same root; with both 0 the student is only corrected)")
     add("--seed", type=int, metavar="N", help="seed of all random numbers (default: %(default)s)")
     add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one, else cpu)")
-    add("--precision", help="float32, bfloat16, or auto (default): bfloat16 where the processor has it; of convolutions "
-        "in training, never of the student's grid or of an accuracy")
+    add("--precision", help="float32, bfloat16, or auto (default): bfloat16 where the processor is faster in it; of "
+        "convolutions in training, never of the student's grid or of an accuracy")
     add("--out", metavar="FOLDER", help="where result.json, student.pt, checkpoint.pt, samples.png and log.csv go "
         "(default: a folder in out/ named after the settings); an earlier run there is moved aside, not lost")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, exactly (on a GPU up to the order "

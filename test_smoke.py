@@ -963,6 +963,16 @@ def test_measuring_does_not_change_the_student(teacher, script):
     assert same(state_bytes(measured), state_bytes(plain))
 
 
+@pytest.mark.parametrize("able, dtype", (
+    ({}, torch.float32), ({"avx512_bf16": True}, torch.bfloat16), ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, torch.bfloat16),
+    ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, torch.float32),
+    ({"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, torch.bfloat16)))
+def test_bfloat16_is_chosen_where_the_processor_is_faster_in_it(able, dtype, script, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert script.choose_device("cpu", "auto")[1] == dtype
+    assert script.choose_device("cpu", "float32")[1] == torch.float32
+
+
 def test_reduced_precision_leaves_the_quantization_grid_alone(teacher, script, monkeypatch):
     seen, real = [], quant.quantize_tensor
 
