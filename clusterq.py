@@ -183,7 +183,7 @@ def layer_constants(norms):
     """
     mu, var = torch.cat([norm.running_mean for norm in norms]), torch.cat([norm.running_var for norm in norms])
     widths = torch.tensor([norm.num_features for norm in norms], device=mu.device)
-    units = torch.stack([norm.running_var.mean().sqrt() for norm in norms])
+    units = torch.stack([norm.running_var.mean().clamp(min=norm.eps).sqrt() for norm in norms])  # above 0 in a dead layer too
     return mu, var, units.repeat_interleave(widths), (1 / (len(norms) * widths)).repeat_interleave(widths)
 
 
@@ -480,6 +480,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
                 if show is not None:
                     watched = Watched(teacher, layer).eval()
                     show(watched)
+                    watched.eval()  # whatever mode `evaluate` leaves it, and with it the teacher, in
                     run.figures["separability"][name] = watched.separability()
                     print("{} images: between / within classes {:.2f} at the last batch norm, {:.2f} at the classifier; "
                           "spread within a class {:.3f}".format(name, *run.figures["separability"][name]))
@@ -757,13 +758,16 @@ def prepare_teacher(teacher, image_size, num_classes, channels, classifier, devi
     layer = find_classifier(teacher, num_classes, classifier)
     with torch.no_grad():
         noise = torch.randn(2, channels, image_size, image_size, device="cpu", generator=torch.Generator().manual_seed(0))
+        images = noise.to(device, copy=True)
         try:
-            logits, features, norms, _ = teacher_forward(teacher, layer, noise.to(device))
+            logits, features, norms, _ = teacher_forward(teacher, layer, images)
             again = F.linear(features, layer.weight.flatten(1), layer.bias)
-        except (RuntimeError, IndexError, ValueError, AttributeError, TypeError) as error:
+        except (RuntimeError, IndexError, ValueError, AttributeError, TypeError, AssertionError) as error:
             raise BadInput(f"the teacher cannot be run on {image_size} x {image_size} images, or not through the layer taken for "
                            f"its classifier, or gives no tensor ({first_line(error)}): check image_size and classifier, and "
                            "use .reshape or .flatten in its forward, not .view, since tensors are channels-last") from error
+        if not torch.equal(images.cpu(), noise):
+            raise BadInput("the teacher changes its images in place, and the student sees them after it: clone them in its forward")
         if not norms:
             raise BadInput("the teacher has no BatchNorm2d with running statistics, which the method needs: of another kind, such "
                            "as SyncBatchNorm, convert it first")

@@ -273,13 +273,15 @@ def quantize_model(model, w_bits, a_bits, symmetric=False, input_bits=8, input_r
         if isinstance(module, nn.BatchNorm2d) and not isinstance(module, FrozenBatchNorm2d):
             # A subclass keeps its forward, which may hold an activation.
             module.__class__ = FrozenBatchNorm2d if kind is nn.BatchNorm2d else type(kind.__name__, (FrozenBatchNorm2d, kind), {})
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # no fast path, which reads its layers' weights without calling them
         elif isinstance(module, (nn.Conv2d, nn.Linear)):
             base, quantized = (nn.Conv2d, QuantConv2d) if isinstance(module, nn.Conv2d) else (nn.Linear, QuantLinear)
             if "weight" not in module._parameters:
                 raise TypeError(f"cannot quantize layer '{name}': its weight is computed from others (parametrized, pruned, "
                                 "normalised): remove that first, see torch.nn.utils")
             own = getattr(kind, "_conv_forward", None) is not getattr(base, "_conv_forward", None)
-            if own or kind.forward not in (base.forward, quantized.forward):
+            if own or "forward" in vars(module) or kind.forward not in (base.forward, quantized.forward):
                 raise TypeError(f"cannot quantize layer '{name}': {kind.__name__} has a forward of its own")
             # The class changes in place, so every place that holds the layer, and every shared weight, stays shared.
             module.__class__ = quantized
@@ -403,7 +405,8 @@ def compensate_rounding(student, teacher, batches, prior=100, damping=0.3, place
     for original in originals.values():                                                 # of the copy, which ends here
         original.register_forward_hook(lambda layer, args, y: sizes.append(y.numel()))
     teacher(images[:2])
-    images = images[:max(2, numbers * 2 // max(sizes))]
+    count = min(len(images), max(2, numbers * 2 // max(sizes)))
+    images = images[torch.arange(count) * len(images) // count]                         # from every part of every batch
     hooks = correction_hooks(student, teacher)
 
     def keep(layer, args, y):

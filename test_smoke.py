@@ -393,12 +393,13 @@ def test_layers_of_unusual_kinds_are_compensated_too(kind):
     assert moved[last] < 0.7 * plain[last]
 
 
-def test_compensation_goes_by_no_more_images_than_said():
+def test_compensation_goes_by_no_more_images_than_said_and_by_some_of_every_batch():
     teacher, seen = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), []
     student = quant.observe(quant.quantize_model(teacher, 3, 8))
-    student[1].register_forward_hook(lambda layer, args, y: seen.append(len(y)))
-    quant.compensate_rounding(student, teacher, [torch.rand(4, 3, 8, 8)] * 3, numbers=7 * 4 * 6 * 6 + 9)  # of outputs
-    assert seen == [7]
+    student.register_forward_pre_hook(lambda model, args: seen.append(args[0][:, 0, 0, 0].tolist()))
+    batches = torch.arange(12.0).view(3, 4, 1, 1, 1).expand(3, 4, 3, 8, 8)
+    quant.compensate_rounding(student, teacher, batches, numbers=7 * 4 * 6 * 6 + 9)  # of outputs
+    assert seen == [[0, 1, 3, 5, 6, 8, 10]]
 
 
 def test_a_layer_that_does_not_run_or_sees_nothing_is_compensated_without_harm():
@@ -421,9 +422,18 @@ def test_a_layer_with_its_own_forward_or_a_computed_weight_is_refused():
             return super()._conv_forward(x, weight / weight.std(), bias)
     with torch.no_grad():
         pruned = prune.l1_unstructured(nn.Conv2d(3, 3, 1), "weight", 0.5)
-    for layer in (Standardized(3, 3, 1), Deeper(3, 3, 1), nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1)), pruned):
+    replaced = nn.Conv2d(3, 3, 1)
+    replaced.forward = lambda x: 2 * x
+    for layer in (Standardized(3, 3, 1), Deeper(3, 3, 1), nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1)), pruned, replaced):
         with pytest.raises(TypeError, match="'0'"):
             quant.quantize_model(nn.Sequential(layer), 4, 4)
+
+
+def test_a_transformer_layer_is_quantized_with_and_without_gradient():
+    student, x = calibrated(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)), images=torch.randn(8, 5, 8)), torch.randn(4, 5, 8)
+    with torch.no_grad():
+        without = student(x)
+    assert torch.allclose(student(x), without, atol=1e-5)
 
 
 def test_values_that_a_matmul_under_autocast_rounded_are_quantized_in_float32():
@@ -584,6 +594,12 @@ def test_label_angles():
     f = torch.tensor([[3.0, 0.0], [1.0, 1.0], [-5.0, 0.0], [0.0, 7.0]])
     angles = lrq.label_angles(f, w, torch.tensor([0, 1, 0, 0]))
     assert torch.allclose(angles, torch.tensor([0.0, 45.0, 180.0, 90.0]), atol=0.1)
+
+
+def test_a_batch_norm_without_variance_leaves_the_loss_finite(script):
+    norm, h = nn.BatchNorm2d(3), torch.randn(4, 3, 5, 5)
+    norm.running_var.zero_()
+    assert script.batch_norm_loss(*script.image_statistics([h]), *script.layer_constants([norm])).isfinite()
 
 
 def test_batch_norm_loss_against_numpy(script):
@@ -963,6 +979,18 @@ def test_measuring_does_not_change_the_student(teacher, script):
     assert same(state_bytes(measured), state_bytes(plain))
 
 
+def test_evaluate_may_leave_what_it_measures_in_training_mode(teacher, script):
+    images, seen = torch.randn(8, 3, 16, 16), []
+
+    def evaluate(model):
+        assert not any(earlier.training for earlier in seen)
+        seen.append(model.train())
+        model(images)
+        return 50
+    script.quantize(teacher, **SMALL, iterations=4, evaluate=evaluate, **({"separability": True} if script is clusterq else {}))
+    assert not any(model.training for model in seen) and len(seen) == (4 if script is clusterq else 3)
+
+
 @pytest.mark.parametrize("able, dtype", (
     ({}, torch.float32), ({"avx512_bf16": True}, torch.bfloat16), ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, torch.bfloat16),
     ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, torch.float32),
@@ -1187,9 +1215,23 @@ class Several(Odd):
         return super().forward(x), x
 
 
-def test_a_teacher_that_gives_several_outputs_or_cannot_be_copied_is_refused(teacher, script):
-    with pytest.raises(script.BadInput, match="gives no tensor"):
-        script.quantize(Several(), **SMALL, iterations=4)
+class Sized(Odd):
+    def forward(self, x):
+        assert x.shape[-1] == 32, "32 x 32 images only"
+
+
+class Normalises(Odd):
+    def forward(self, x):
+        return super().forward(x.sub_(0.5))
+
+
+@pytest.mark.parametrize("kind, message", ((Several, "gives no tensor"), (Sized, "32 x 32 images only"), (Normalises, "in place")))
+def test_a_teacher_that_cannot_be_run_as_it_must_is_refused(kind, message, script):
+    with pytest.raises(script.BadInput, match=message):
+        script.quantize(kind(), **SMALL, iterations=4)
+
+
+def test_a_teacher_that_cannot_be_copied_is_refused(teacher, script):
     prune.random_unstructured(teacher.twice, "weight", 0.5)
     teacher(torch.randn(2, 3, 16, 16))
     with pytest.raises(script.BadInput, match="cannot be copied"):
