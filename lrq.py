@@ -20,7 +20,7 @@ The algorithm, as numbered in quantize():
  3. Generator step on L_G = L_AMA + a L_BNS, through the frozen P; G learns alone at first.
  4. Student step on the same images, half of them transformed as in 1: L_Q = c CE(Q(x), y) + L_DKD, CE only where P sees y
     in x, and c = 0 above 100 classes. Batch norms and biases learn at a higher rate than weights; up to 100 classes, after
-    each step, all go back by a hundredth of the way towards what 1 gave.
+    each step, all go back by a share of the way towards what 1 gave.
  5. Report and save.
  6. Evaluate, and write Q as integers.
 
@@ -214,12 +214,13 @@ def image_statistics(inputs):
 def layer_constants(norms):
     """(mu, var, units, channel_weight) of the batch norms l: running means mu_l, variances var_l, units s_l, weights; (C,) each.
 
-    s_l^2 = mean(var_l): measured in units of s_l, every layer counts alike, whatever the size of its values. The weight is
-    1 / (L C_l), with which a sum over all channels is the mean over L layers of the mean over a layer's channels.
+    s_l^2 = mean(var_l), or the layer's epsilon if that is more: measured in units of s_l, every layer counts alike, whatever
+    the size of its values. The weight is 1 / (L C_l), with which a sum over all channels is the mean over L layers of the mean
+    over a layer's channels.
     """
     mu, var = torch.cat([norm.running_mean for norm in norms]), torch.cat([norm.running_var for norm in norms])
     widths = torch.tensor([norm.num_features for norm in norms], device=mu.device)
-    units = torch.stack([norm.running_var.mean().clamp(min=norm.eps).sqrt() for norm in norms])  # above 0 in a dead layer too
+    units = torch.stack([norm.running_var.mean().clamp(min=norm.eps).sqrt() for norm in norms])
     return mu, var, units.repeat_interleave(widths), (1 / (len(norms) * widths)).repeat_interleave(widths)
 
 
@@ -382,6 +383,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
                     student(images)
             freeze(student)
             run.measure("ptq")
+            print("\nmaking up for rounding errors, layer after layer, before the student learns", flush=True)
             batches = [half_transformed(images) for images in batches]
             correct_batch_norm(observe(student), teacher, batches)  # activations in float; their ranges go on moving
             compensate_rounding(freeze(student), teacher, batches)  # and quantized; it corrects batch norms too
@@ -435,6 +437,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
             if step in (begun, warm_iterations):
                 iterate = Repeated(functools.partial(iteration, learns=step >= warm_iterations), device)
             if step == warm_iterations:
+                run.save()  # calibration takes long on a large network
                 calibrate()
             done = max(0, step - warm_iterations) / (iterations - warm_iterations)
             cosine.fill_(0.5 * (1 + math.cos(math.pi * done)))  # in its place: a CUDA graph reads it anew
@@ -468,6 +471,8 @@ def numbers(v):
 
 def python_values(v):
     """Tuples, arrays, tensors and NumPy's numbers as lists and Python's own numbers, as result.json can hold them."""
+    if isinstance(v, dict):
+        return {key: python_values(x) for key, x in v.items()}
     return v.tolist() if hasattr(v, "tolist") else [python_values(x) for x in v] if isinstance(v, (tuple, list)) else v
 
 
@@ -484,6 +489,7 @@ COMMON_RULES = {  # setting: (whether a value will do, what to choose)
     "batch_size": (whole(2), "a whole number, 2 or more, the least that has statistics"),
     "seed": (whole(0), "a whole number from 0 to 2^63 - 1"),
     "checkpoint_every": (lambda v: v >= 0, "a number of seconds"),
+    "evaluate": (lambda v: v is None or callable(v), "a function of a model that returns its top-1 in percent, or None"),
     "warmup": (lambda v: 0 <= v < 1, "a share of the iterations, at least 0 and below 1"),
     "generator_lr": NOT_NEGATIVE,
     "student_lr": NONE_OR_NOT_NEGATIVE,
@@ -494,23 +500,23 @@ NOT_SETTINGS = ("teacher", "device", "evaluate", "out", "resume", "checkpoint_ev
 
 def check_settings(arguments):
     """Of quantize's arguments, those that the result depends on. Raises BadInput for one that cannot be used."""
-    arguments = {name: python_values(value) for name, value in arguments.items()}
+    arguments = {name: value if name in ("teacher", "evaluate") else python_values(value) for name, value in arguments.items()}
     for name, (will_do, choose) in {**COMMON_RULES, **RULES}.items():
         try:
             good = will_do(arguments[name])
         except TypeError:
             good = False
         if not good:
-            flag = {"w_bits": "--w", "a_bits": "--a", "image_size": "image_size", "num_classes": "num_classes", "mean": "mean",
-                    "std": "std"}.get(name, "--" + name.replace("_", "-"))  # four are given in Python alone
-            raise BadInput(f"{flag} {arguments[name]}: choose {choose}")
+            flag = {"w_bits": "--w", "a_bits": "--a"}.get(name, "--" + name.replace("_", "-"))
+            flag = name if name in ("image_size", "num_classes", "mean", "std", "evaluate") else flag  # in Python alone
+            raise BadInput(f"{flag} {arguments[name]!r}: choose {choose}")
     if len(arguments["mean"]) != len(arguments["std"]):
         raise BadInput(f"mean has {len(arguments['mean'])} channels and std has {len(arguments['std'])}: give one number each")
     try:
-        about = dict(json.loads(json.dumps(arguments["about"] or {})))  # NumPy's numbers as Python's
+        about = dict(json.loads(json.dumps(arguments["about"] or {})))
     except (TypeError, ValueError) as error:
         raise BadInput(f"about: {error}, as result.json needs it: give a dict of strings and numbers") from error
-    return {"method": METHOD, **about,
+    return {**about, "method": METHOD,
             **{key: value for key, value in arguments.items() if key not in NOT_SETTINGS}}
 
 
@@ -609,7 +615,7 @@ def shapes_teacher():
         cache.parent.mkdir(parents=True, exist_ok=True)
         with atomically(cache) as path:
             torch.save(model.state_dict(), path)
-    except OSError:  # a read-only home: train again next time
+    except (OSError, BadInput):  # a read-only home: train again next time
         pass
     return model.eval()
 
@@ -661,15 +667,15 @@ def load_teacher(args, model, published):
 
 
 def load_weights(model, file, arch, dataset):
-    """Load a state dict (plain or under `state_dict` or `model`, with or without `module.`) into the model."""
+    """Load a state dict (plain or under `state_dict`, `model_state_dict` or `model`, with or without `module.`) into the model."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise BadInput(f"--weights {file}: {error.strerror or first_line(error)}: name a file that exists") from error
+        raise BadInput(f"--weights {file}: {error.strerror or first_line(error)}: name a file that can be read") from error
     except Exception as error:
         raise BadInput(f"--weights {file} is not a file of tensors that torch.load reads: "
                        "save one with torch.save(model.state_dict(), FILE)") from error
-    for key in ("state_dict", "model"):
+    for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
@@ -709,6 +715,8 @@ def find_classifier(model, num_classes, name=None):
 def prepare_teacher(teacher, image_size, num_classes, channels, classifier, device):
     """(teacher, classifier, norms): a frozen copy of the teacher, its last layer, its BatchNorm2d layers in the order in
     which they run. Tried on noise; raises BadInput if it cannot be used."""
+    if not isinstance(teacher, nn.Module):
+        raise BadInput(f"the teacher is a {type(teacher).__name__}: give the nn.Module itself, its weights loaded")
     if torch.get_default_dtype() != torch.float32:
         raise BadInput(f"torch's default dtype is {torch.get_default_dtype()}: set it back to torch.float32")
     if not torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
@@ -724,14 +732,21 @@ def prepare_teacher(teacher, image_size, num_classes, channels, classifier, devi
         noise = torch.randn(2, channels, image_size, image_size, device="cpu", generator=torch.Generator().manual_seed(0))
         images = noise.to(device, copy=True)
         try:
-            logits, features, norms, _ = teacher_forward(teacher, layer, images)
-            again = F.linear(features, layer.weight.flatten(1), layer.bias)
+            output = teacher(images)
         except (RuntimeError, IndexError, ValueError, AttributeError, TypeError, AssertionError) as error:
-            raise BadInput(f"the teacher cannot be run on {image_size} x {image_size} images, or not through the layer taken for "
-                           f"its classifier, or gives no tensor ({first_line(error)}): check image_size and classifier, and "
-                           "use .reshape or .flatten in its forward, not .view, since tensors are channels-last") from error
+            raise BadInput(f"the teacher cannot be run on {image_size} x {image_size} images of {channels} channels "
+                           f"({first_line(error)}): check image_size, mean and std, and use .reshape or .flatten in its forward, "
+                           "not .view, since tensors are channels-last") from error
+        if not torch.is_tensor(output):
+            raise BadInput(f"the teacher returns a {type(output).__name__}, not a tensor: wrap it, to return the logits alone")
         if not torch.equal(images.cpu(), noise):
             raise BadInput("the teacher changes its images in place, and the student sees them after it: clone them in its forward")
+        try:
+            logits, features, norms, _ = teacher_forward(teacher, layer, images)
+            again = F.linear(features, layer.weight.flatten(1), layer.bias)
+        except (RuntimeError, IndexError) as error:
+            raise BadInput("the layer taken for the teacher's classifier does not run, or not on one vector an image "
+                           f"({first_line(error)}): name the right one with classifier") from error
         if not norms:
             raise BadInput("the teacher has no BatchNorm2d with running statistics, which the method needs: of another kind, such "
                            "as SyncBatchNorm, convert it first")
@@ -741,7 +756,8 @@ def prepare_teacher(teacher, image_size, num_classes, channels, classifier, devi
         if not logits.isfinite().all():
             raise BadInput("the teacher gives NaN or infinite outputs for images of plain noise: check its weights")
         if again.shape != logits.shape or not torch.allclose(again, logits, rtol=1e-3, atol=1e-3 * logits.abs().max()):
-            raise BadInput("the teacher's outputs are not those of the layer taken for its classifier: name the right one")
+            raise BadInput("the teacher's outputs are not those of the layer taken for its classifier: name the right one with "
+                           "classifier")
     return teacher, layer, norms
 
 
@@ -761,8 +777,8 @@ def load_images(args, preprocess):
     if not args.data:
         return None
     root = Path(args.data)
-    if not root.is_dir():
-        raise BadInput(f"--data {root} is not a folder: name one with a folder of images for each class")
+    if not os.path.isdir(root) or not os.access(root, os.R_OK | os.X_OK):
+        raise BadInput(f"--data {root} is not a folder that can be read: name one with a folder of images for each class")
     archive, cifar = {"cifar10": ("cifar-10-batches-py", datasets.CIFAR10),
                       "cifar100": ("cifar-100-python", datasets.CIFAR100)}.get(args.dataset, ("", None))
     if cifar is not None and (root / archive).is_dir():
@@ -774,12 +790,15 @@ def load_images(args, preprocess):
         folder = next((root / name for name in ("val", "test") if (root / name).is_dir()), root)
         try:
             dataset = datasets.ImageFolder(folder, preprocess, loader=decode)
-        except FileNotFoundError as error:
-            raise BadInput(f"--data {folder} has no images: it takes a folder of images for each class "
+        except OSError as error:
+            raise BadInput(f"--data {folder} has no images, or none that can be read: it takes a folder of images for each class "
                            f"({first_line(error)})") from error
         if len(dataset.classes) != num_classes:
             raise BadInput(f"--data {folder} has {len(dataset.classes)} classes, --dataset {args.dataset} has "
                            f"{num_classes}: choose the folder or the --dataset that fits")
+        if all(name.isdecimal() for name in dataset.classes) and dataset.classes != sorted(dataset.classes, key=int):
+            raise BadInput(f"--data {folder}: its classes are numbers, which sorted by name come as 0, 1, 10: rename them to "
+                           "as many digits each, 000, 001")
     workers = 0 if size < 224 else min(os.cpu_count() or 1, 16)
     return torch.utils.data.DataLoader(dataset, 250 if size < 224 else 50, num_workers=workers,
                                        pin_memory=torch.cuda.is_available() and args.device != "cpu")
@@ -839,18 +858,21 @@ def choose_device(name, precision):
 
 @contextlib.contextmanager
 def atomically(path):
-    """Write to a temporary file beside `path`, which takes the place of `path` once it is whole."""
+    """Write to a temporary file beside `path`, which takes the place of `path` once it is whole. Raises BadInput if it cannot."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save's are RuntimeErrors
+        raise BadInput(f"{path} cannot be written ({first_line(error)}): make room, and go on from the last checkpoint with "
+                       "--resume") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def check_folder(out, resume):
     """Raise BadInput unless the folder can be written and, to resume, holds a checkpoint."""
-    if resume and not (Path(out) / "checkpoint.pt").is_file():
+    if resume and not os.path.isfile(Path(out) / "checkpoint.pt"):
         raise BadInput(f"--resume: there is no checkpoint.pt in {out}: leave --resume out, or name its folder with --out")
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -1027,6 +1049,7 @@ class Run:
         if self.requests or not hasattr(self, "start") or self.step == self.settings["iterations"]:
             raise KeyboardInterrupt
         self.requests.append(number)
+        os.write(2, b"\nstopping after this iteration; once more: at once, and what came after the last checkpoint is lost\n")
 
     def report(self, step, losses):
         """After each iteration. step: iterations done. losses: name -> scalar tensor, read only when it is written."""
@@ -1055,7 +1078,10 @@ class Run:
         if self.evaluate is not None:
             with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                 model = self.teacher if name == "fp" else self.student
-                self.figures[f"{name}_top1"] = float(self.evaluate(model))
+                measured = python_values(self.evaluate(model))
+                if not isinstance(measured, (int, float)) or not 0 <= measured <= 100:
+                    raise BadInput(f"evaluate returns {measured!r}: it has to return a model's top-1 in percent, 0 to 100")
+                self.figures[f"{name}_top1"] = float(measured)
                 model.eval()  # whatever mode `evaluate` leaves it in
         if name != "fp":
             self.figures[f"{name}_agreement"], self.figures["recognised"] = self.agreement()
@@ -1125,6 +1151,9 @@ class Run:
         except Exception as error:
             raise BadInput(f"--resume: {file} cannot be read ({first_line(error)}): start without --resume") from error
         for key, value in self.settings.items():
+            if made_with.get(key) != value and key == "teacher":
+                raise BadInput(f"--resume: the checkpoint in {self.out} was made from another teacher: use the same one, or "
+                               "another --out")
             if made_with.get(key) != value:
                 raise BadInput(f"--resume: the checkpoint in {self.out} was made with {key} = {made_with.get(key)}, now it "
                                f"is {value}: use the same settings, or another --out")
@@ -1186,7 +1215,7 @@ def evaluate_student(args):
     """--evaluate: measure a packed student again on test images; nothing is trained."""
     try:
         packed = torch.load(args.evaluate, map_location="cpu", weights_only=True)
-        args.arch, args.dataset = packed["settings"]["arch"], packed["settings"]["dataset"]
+        args.arch, args.dataset, _ = packed["settings"]["arch"], packed["settings"]["dataset"], packed["layers"]
         model, _, _, _, preprocess, _ = build_teacher(args.arch, args.dataset)
     except OSError as error:
         raise BadInput(f"--evaluate {args.evaluate}: {error.strerror or first_line(error)}: name a student.pt") from error
@@ -1242,7 +1271,8 @@ def common_flags(parser):
     add("--resume", action="store_true", help="go on from the checkpoint in --out, exactly (on a GPU up to the order "
         "of its sums)")
     add("--checkpoint-every", type=float, metavar="SECONDS", help="(default: %(default)s); Ctrl-C saves one too")
-    add("--evaluate", metavar="STUDENT.pt", help="train nothing: measure this packed student on --data")
+    add("--evaluate", metavar="STUDENT.pt", help="train nothing: measure this packed student, of the network that it names, "
+        "on --data")
 
 
 def command_line(parser, argv):
@@ -1287,6 +1317,11 @@ def run(main):
         main()
     except BadInput as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        print(f"{Path(sys.argv[0]).name}: not enough memory ({first_line(error)}): choose a smaller --batch-size", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         print(f"\n{Path(sys.argv[0]).name}: {str(error) or 'interrupted'}", file=sys.stderr)

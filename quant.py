@@ -494,8 +494,12 @@ def pack(model):
 
     "layers": for each layer its weight's codes (w_bits each, eight codes in w_bits bytes), shape, bits, scale (C,) and
     zero_point (C,), and its input's bits, scale and zero_point (calls,). "rest": everything else, in float, also a layer
-    that never ran itself (an auxiliary head, one of which only the weight is used), as it is not quantized then.
+    that never ran itself (an auxiliary head, one of which only the weight is used), as it is not quantized then. Raises
+    RuntimeError if no layer has an activation range, or one that was observed and not fixed: see observe, freeze.
     """
+    quantizers = input_quantizers(model).values()
+    if not any(q.bits for q in quantizers) or any(len(q.bits) != len(q.scale) for q in quantizers):
+        raise RuntimeError("nothing to pack: call observe(model), run images through it, then freeze(model)")
     layers, packed_tensors, added = {}, set(), quantizer_keys(model)
     with torch.no_grad():
         for name, layer in quant_layers(model).items():

@@ -512,6 +512,15 @@ def test_packed_student_is_exact_whatever_its_layers_are_used_for(kind):
     assert torch.equal(quant.unpack(packed, model)(x), student(x)) and packed["rest"].keys() <= model.state_dict().keys()
 
 
+@pytest.mark.parametrize("ready", ("not observed", "not fixed"))
+def test_a_student_without_activation_ranges_is_not_packed(ready):
+    student = quant.quantize_model(nn.Sequential(nn.Conv2d(3, 4, 3)), 4, 4)
+    if ready == "not fixed":
+        quant.observe(student)(torch.rand(2, 3, 8, 8))
+    with pytest.raises(RuntimeError, match="then freeze"):
+        quant.pack(student)
+
+
 @pytest.mark.parametrize("symmetric", (False, True))
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_packed_student_is_small_and_exact(bits, symmetric, tmp_path):
@@ -979,6 +988,11 @@ def test_measuring_does_not_change_the_student(teacher, script):
     assert same(state_bytes(measured), state_bytes(plain))
 
 
+def test_separability_is_left_out_where_evaluate_does_not_run_the_model(teacher):
+    _, result = clusterq.quantize(teacher, **SMALL, iterations=4, evaluate=lambda model: 50, separability=True)
+    assert list(result["separability"]) == ["generated"]
+
+
 def test_evaluate_may_leave_what_it_measures_in_training_mode(teacher, script):
     images, seen = torch.randn(8, 3, 16, 16), []
 
@@ -1142,10 +1156,11 @@ def test_seconds_are_those_of_the_iterations_alone(teacher, script, monkeypatch)
 
 def test_numbers_of_numpy_and_torch_are_taken_as_numbers(teacher, tmp_path, script):
     arguments = {**SMALL, "mean": np.full(3, 0.5), "std": torch.full((3,), 0.25), "w_bits": np.int64(3), "temperature": np.float32(4),
-                 "student_lr": np.float32(0.01), "generator_lr": np.float64(0.001)}
+                 "student_lr": np.float32(0.01), "generator_lr": np.float64(0.001), "about": {"made": np.int64(2026), "method": "mine"}}
     for resume in (False, True):
         _, result = script.quantize(teacher, **arguments, iterations=2, out=tmp_path, resume=resume)
         assert result["mean"] == [0.5] * 3 and result["std"] == [0.25] * 3 and result["temperature"] == 4
+        assert result["made"] == 2026 and result["method"] == script.METHOD
     torch.load(tmp_path / "student.pt", weights_only=True)
 
 
@@ -1166,6 +1181,27 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, script):
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "old"
 
 
+def test_a_write_that_the_disk_refuses_is_bad_input(teacher, tmp_path, monkeypatch, script):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(script.torch, "save", full)
+    with pytest.raises(script.BadInput, match="checkpoint.pt cannot be written .*No space left on device.*--resume"):
+        script.quantize(teacher, **SMALL, iterations=4, out=tmp_path)
+
+
+@pytest.mark.parametrize("warmup", (0, 0.5))
+def test_interrupted_twice_in_calibration_a_run_goes_on_from_its_start(warmup, teacher, tmp_path, monkeypatch, script, capfd):
+    arguments = dict(SMALL, iterations=8, warmup=warmup)
+    whole, _ = script.quantize(teacher, **arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "correct_batch_norm", lambda *args: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+        with pytest.raises(KeyboardInterrupt):
+            script.quantize(teacher, **arguments, out=tmp_path)
+    assert "once more: at once" in capfd.readouterr().err
+    parts, _ = script.quantize(teacher, **arguments, out=tmp_path, resume=True)
+    assert same(state_bytes(whole), state_bytes(parts))
+
+
 @pytest.mark.parametrize("stop_at", (2, 5, 8))
 def test_resume_gives_the_same_bits_as_an_uninterrupted_run(teacher, tmp_path, stop_at, monkeypatch, script):
     arguments = dict(SMALL, iterations=8, warmup=0.5, evaluate=lambda model: 50.0)
@@ -1182,6 +1218,8 @@ def test_resume_gives_the_same_bits_as_an_uninterrupted_run(teacher, tmp_path, s
         script.quantize(teacher, **arguments, out=tmp_path / "parts")
     with pytest.raises(script.BadInput, match="seed"):
         script.quantize(teacher, **arguments, seed=5, out=tmp_path / "parts", resume=True)
+    with pytest.raises(script.BadInput, match="from another teacher"):
+        script.quantize(Odd(), **arguments, out=tmp_path / "parts", resume=True)
     parts, result = script.quantize(teacher, **arguments, out=tmp_path / "parts", resume=True)
     assert len(calls) == 8 and same(state_bytes(whole), state_bytes(parts))
     assert (tmp_path / "whole/log.csv").read_text() == (tmp_path / "parts/log.csv").read_text()
@@ -1194,9 +1232,12 @@ def test_resume_gives_the_same_bits_as_an_uninterrupted_run(teacher, tmp_path, s
     (dict(classifier="twice"), "classifier"), (dict(mean=(0.5,) * 4, std=(0.25,) * 4), "cannot be run"), (dict(mean=(0.5,) * 2), "mean has 2 channels"),
     (dict(mean="half"), "^mean"), (dict(num_classes="7"), "^num_classes"), (dict(warmup=None), "^--warmup"), (dict(std=(0.25, 0, 0.25)), "^std"), (dict(num_classes=1), "^num_classes"),
     (dict(w_bits=1), "2 to 8"), (dict(w_bits=4.0), "2 to 8"), (dict(iterations=1e3), "1000.0: choose a whole number"), (dict(checkpoint_every=-1), "seconds"),
-    (dict(bns_weight=float("nan")), "bns-weight"), (dict(classifier="stem"), "cannot be run"), (dict(about={"made": {1, 2}}), "^about"), (dict(about=["a"]), "^about"),
+    (dict(bns_weight=float("nan")), "bns-weight"), (dict(classifier="stem"), "does not run, or not on one vector"), (dict(classifier="unused"), "does not run"), (dict(about={"made": {1, 2}}), "^about"),
+    (dict(w_bits="4"), "^--w '4': choose 2 to 8 bits"), (dict(evaluate=0.9), "^evaluate 0.9: choose a function"), (dict(evaluate=lambda model: None), "evaluate returns None"),
+    (dict(evaluate=lambda model: math.nan), "evaluate returns nan"), (dict(evaluate=lambda model: 101), "evaluate returns 101"), (dict(about=["a"]), "^about"),
     (dict(student_lr=float("inf")), "student-lr"), (dict(out="/dev/null/x"), "/dev/null/x")))
 def test_quantize_refuses_what_it_cannot_use(teacher, change, message, script):
+    teacher.unused = nn.Linear(12, 9)
     with pytest.raises(script.BadInput, match=message):
         script.quantize(teacher, **{**SMALL, "iterations": 4, **change})
 
@@ -1225,10 +1266,15 @@ class Normalises(Odd):
         return super().forward(x.sub_(0.5))
 
 
-@pytest.mark.parametrize("kind, message", ((Several, "gives no tensor"), (Sized, "32 x 32 images only"), (Normalises, "in place")))
+@pytest.mark.parametrize("kind, message", ((Several, "returns a tuple"), (Sized, "32 x 32 images only"), (Normalises, "in place")))
 def test_a_teacher_that_cannot_be_run_as_it_must_is_refused(kind, message, script):
     with pytest.raises(script.BadInput, match=message):
         script.quantize(kind(), **SMALL, iterations=4)
+
+
+def test_a_state_dict_in_the_place_of_a_teacher_is_refused(teacher, script):
+    with pytest.raises(script.BadInput, match="the teacher is a OrderedDict"):
+        script.quantize(teacher.state_dict(), **SMALL, iterations=4)
 
 
 def test_a_teacher_that_cannot_be_copied_is_refused(teacher, script):
@@ -1351,9 +1397,13 @@ def made(tmp_path_factory):
                 pixels = np.random.default_rng(c * 2 + i).integers(256, size=(32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / kind / f"test/class{c}/{i}.png")
     (folder / "broken/test/class3/0.png").write_bytes(b"not a picture")
+    for c in range(100):
+        (folder / f"numbers/{c}").mkdir(parents=True)
+        Image.fromarray(pixels).save(folder / f"numbers/{c}/0.png")
     (folder / "half/cifar-10-batches-py").mkdir(parents=True)
     torch.save({**quant.pack(calibrated(lrq.CifarResNet(1, 10), size=32)), "settings": {"arch": "resnet20", "dataset": "cifar10"}},
                folder / "student.pt")
+    torch.save({"settings": {"arch": "resnet20", "dataset": "cifar10"}, "student": {}}, folder / "checkpoint.pt")
     (folder / "empty").mkdir()
     (folder / "file").touch()
     return folder
@@ -1373,11 +1423,12 @@ BAD_INPUT = (
     (RESNET20 + " --resume --out {0}/empty", "--resume"), (RESNET20 + " --batch-size 1", "--batch-size 1"),
     (RESNET20 + " --batch-size 0", "--batch-size 0"), (RESNET20 + " --iterations 0", "--iterations 0"),
     (RESNET20 + " --margin inf", "--margin inf"), (RESNET20 + " --margin nan", "--margin nan"),
-    (RESNET20 + " --warmup 1", "--warmup 1"), (RESNET20 + " --precision int8", "--precision int8"), (RESNET20 + " --device cuda:99", "--device cuda:99"), ("--dataset cifar11", "--dataset"),
+    (RESNET20 + " --warmup 1", "--warmup 1"), (RESNET20 + " --precision int8", "--precision 'int8'"), (RESNET20 + " --device cuda:99", "--device cuda:99"), ("--dataset cifar11", "--dataset"),
     ("--arch resnet18 --dataset cifar10", "--weights"), ("--arch resnet20 --dataset imagenet", "--weights"), ("--no-such-flag", "--no-such-flag"),
     (RESNET20 + " --seed -1", "--seed -1"), (RESNET20 + " --seed 99999999999999999999", "--seed"),
     (RESNET20 + " --data {0}/half", "half is not a whole CIFAR folder"),
-    ("--evaluate {0}/text.pt", "text.pt"), ("--evaluate {0}/none.pt", "none.pt"),
+    ("--arch resnet20 --dataset cifar100 --weights {0}/resnet20-100.pt --data {0}/numbers", "rename them to as many digits"),
+    ("--evaluate {0}/text.pt", "text.pt"), ("--evaluate {0}/none.pt", "none.pt"), ("--evaluate {0}/checkpoint.pt", "is not a student.pt"),
     ("--evaluate {0}/student.pt --data {0}/images", "does not fit the resnet20"))
 
 
@@ -1394,6 +1445,18 @@ def test_bad_input_is_one_clear_line(arguments, message, made, monkeypatch, caps
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith(f"{script.__name__}.py: ") and error.count("\n") == 1, error
     assert message.format(made) in error
+
+
+@pytest.mark.parametrize("error", (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")))
+def test_too_little_memory_is_one_clear_line(error, script, capsys):
+    def hungry():
+        raise error
+    with pytest.raises(SystemExit) as stop:
+        script.run(hungry)
+    assert stop.value.code == 2 and re.fullmatch(r".*: not enough memory \(.*\): choose a smaller --batch-size\n", capsys.readouterr().err)
+    with pytest.raises(RuntimeError, match="a bug"):
+        script.run(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
 
 
 def test_published_weights_are_read_as_torchvision_reads_them(monkeypatch, script):
