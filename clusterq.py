@@ -1086,7 +1086,8 @@ class Run:
         if self.requests or not hasattr(self, "start") or self.step == self.settings["iterations"]:
             raise KeyboardInterrupt
         self.requests.append(number)
-        os.write(2, b"\nstopping after this iteration; once more: at once, and what came after the last checkpoint is lost\n")
+        with contextlib.suppress(OSError):  # where there is no stderr
+            os.write(2, b"\nstopping after this iteration; once more: at once, and what came after the last checkpoint is lost\n")
 
     def report(self, step, losses):
         """After each iteration. step: iterations done. losses: name -> scalar tensor, read only when it is written."""
