@@ -500,7 +500,7 @@ NOT_SETTINGS = ("teacher", "device", "evaluate", "out", "resume", "checkpoint_ev
 
 def check_settings(arguments):
     """Of quantize's arguments, those that the result depends on. Raises BadInput for one that cannot be used."""
-    arguments = {name: value if name in ("teacher", "evaluate") else python_values(value) for name, value in arguments.items()}
+    arguments = {name: value if name == "teacher" else python_values(value) for name, value in arguments.items()}
     for name, (will_do, choose) in {**COMMON_RULES, **RULES}.items():
         try:
             good = will_do(arguments[name])
@@ -1152,12 +1152,9 @@ class Run:
         except Exception as error:
             raise BadInput(f"--resume: {file} cannot be read ({first_line(error)}): start without --resume") from error
         for key, value in self.settings.items():
-            if made_with.get(key) != value and key == "teacher":
-                raise BadInput(f"--resume: the checkpoint in {self.out} was made from another teacher: use the same one, or "
-                               "another --out")
             if made_with.get(key) != value:
-                raise BadInput(f"--resume: the checkpoint in {self.out} was made with {key} = {made_with.get(key)}, now it "
-                               f"is {value}: use the same settings, or another --out")
+                made = "from another teacher" if key == "teacher" else f"with {key} = {made_with.get(key)}, now it is {value}"
+                raise BadInput(f"--resume: the checkpoint in {self.out} was made {made}: use the same, or another --out")
         for name, part in self.parts.items():
             try:
                 part.load_state_dict(state[name])
@@ -1216,7 +1213,9 @@ def evaluate_student(args):
     """--evaluate: measure a packed student again on test images; nothing is trained."""
     try:
         packed = torch.load(args.evaluate, map_location="cpu", weights_only=True)
-        args.arch, args.dataset, _ = packed["settings"]["arch"], packed["settings"]["dataset"], packed["layers"]
+        args.arch, args.dataset = packed["settings"]["arch"], packed["settings"]["dataset"]
+        if "layers" not in packed:
+            raise KeyError("layers")  # a checkpoint.pt
         model, _, _, _, preprocess, _ = build_teacher(args.arch, args.dataset)
     except OSError as error:
         raise BadInput(f"--evaluate {args.evaluate}: {error.strerror or first_line(error)}: name a student.pt") from error
@@ -1320,7 +1319,7 @@ def run(main):
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)):
             raise
         print(f"{Path(sys.argv[0]).name}: not enough memory ({first_line(error)}): choose a smaller --batch-size", file=sys.stderr)
         sys.exit(2)

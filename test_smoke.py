@@ -1450,13 +1450,13 @@ def test_bad_input_is_one_clear_line(arguments, message, made, monkeypatch, caps
 @pytest.mark.parametrize("error", (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")))
 def test_too_little_memory_is_one_clear_line(error, script, capsys):
-    def hungry():
+    def failing(error):
         raise error
     with pytest.raises(SystemExit) as stop:
-        script.run(hungry)
+        script.run(lambda: failing(error))
     assert stop.value.code == 2 and re.fullmatch(r".*: not enough memory \(.*\): choose a smaller --batch-size\n", capsys.readouterr().err)
     with pytest.raises(RuntimeError, match="a bug"):
-        script.run(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
+        script.run(lambda: failing(RuntimeError("a bug")))
 
 
 def test_published_weights_are_read_as_torchvision_reads_them(monkeypatch, script):
