@@ -6,7 +6,7 @@ batch-norm statistics and classes are those that P remembers, and whose deep fea
 Q learns from P on them.
 
     python clusterq.py                                    # offline demonstration, under three minutes on two CPU cores
-    python clusterq.py --arch resnet18 --w 4 --a 4        # an ImageNet network: 80,000 iterations, 18 minutes of an H100
+    python clusterq.py --arch resnet18 --w 4 --a 4        # an ImageNet network: 80,000 iterations; on an H100 18 minutes, by their rate
     python clusterq.py --help                             # every flag, its default and where that comes from
 
 Result (README): ResNet-20 on CIFAR-10, 2-bit weights and 4-bit activations, 400 iterations of 64 images, three seeds: 85.0
@@ -516,6 +516,7 @@ def python_values(v):
 POSITIVE = (lambda v: 0 < v < math.inf, "a number above 0")
 NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "a finite number, 0 or more")
 NONE_OR_NOT_NEGATIVE = (lambda v: v is None or NOT_NEGATIVE[0](v), NOT_NEGATIVE[1])  # None: chosen later
+YES_OR_NO = (lambda v: isinstance(v, bool), "True or False")
 COMMON_RULES = {  # setting: (whether a value will do, what to choose)
     "w_bits": (whole(2, 8), "2 to 8 bits"), "a_bits": (whole(2, 8), "2 to 8 bits"),
     "image_size": (lambda v: whole(8)(v) and v % 4 == 0, "a multiple of 4, 8 or more"),
@@ -531,8 +532,9 @@ COMMON_RULES = {  # setting: (whether a value will do, what to choose)
     "generator_lr": NOT_NEGATIVE,
     "student_lr": NONE_OR_NOT_NEGATIVE,
     "norm_lr": NONE_OR_NOT_NEGATIVE,
-    "precision": (lambda v: v in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")}
-NOT_SETTINGS = ("teacher", "device", "evaluate", "out", "resume", "checkpoint_every", "about")
+    "precision": (lambda v: v in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
+    "symmetric": YES_OR_NO, "resume": YES_OR_NO}
+NOT_SETTINGS = ("teacher", "device", "evaluate", "out", "resume", "checkpoint_every", "about", "separability")
 
 
 def check_settings(arguments):
@@ -545,7 +547,8 @@ def check_settings(arguments):
             good = False
         if not good:
             flag = {"w_bits": "--w", "a_bits": "--a"}.get(name, "--" + name.replace("_", "-"))
-            flag = name if name in ("image_size", "num_classes", "mean", "std", "evaluate") else flag  # in Python alone
+            if name in ("image_size", "num_classes", "mean", "std", "evaluate") or choose == YES_OR_NO[1]:
+                flag = name  # wrong in Python alone
             raise BadInput(f"{flag} {arguments[name]!r}: choose {choose}")
     if len(arguments["mean"]) != len(arguments["std"]):
         raise BadInput(f"mean has {len(arguments['mean'])} channels and std has {len(arguments['std'])}: give one number each")
@@ -1123,7 +1126,7 @@ class Run:
                 model.eval()  # whatever mode `evaluate` leaves it in
         if name != "fp":
             self.figures[f"{name}_agreement"], self.figures["recognised"] = self.agreement()
-        if name == "ptq":  # the only one within the loop, whose seconds are those of the iterations
+        if name == "ptq":  # the only one within the loop, whose seconds are those of iterations and calibration
             self.seconds -= time.monotonic() - begun
 
     @torch.no_grad()
@@ -1368,7 +1371,8 @@ def run(main):
 
 RULES = {"rho": (lambda v: 0 <= v <= 1, "a number from 0 to 1"), "temperature": POSITIVE, "noise": NOT_NEGATIVE,
          "first_layer": (lambda v: v is None or whole(0)(v), "the number of a batch-norm layer, from 0"),
-         "bns_weight": NONE_OR_NOT_NEGATIVE, "sfda_weight": NOT_NEGATIVE, "ce_weight": NONE_OR_NOT_NEGATIVE}
+         "bns_weight": NONE_OR_NOT_NEGATIVE, "sfda_weight": NOT_NEGATIVE, "ce_weight": NONE_OR_NOT_NEGATIVE,
+         **dict.fromkeys(("sfda", "variance", "fresh_noise", "ema", "separability"), YES_OR_NO)}
 
 
 def main(argv=None):

@@ -5,7 +5,7 @@ A trained classifier P becomes a low-bit one, Q, without any of its data: a gene
 batch-norm statistics and classes are those that P remembers, and Q learns from P on them.
 
     python lrq.py                                    # offline demonstration, under three minutes on two CPU cores
-    python lrq.py --arch resnet18 --w 4 --a 4        # an ImageNet network: 80,000 iterations, 20 minutes of an H100
+    python lrq.py --arch resnet18 --w 4 --a 4        # an ImageNet network: 80,000 iterations; on an H100 20 minutes, by their rate
     python lrq.py --help                             # every flag, its default and where that comes from
 
 Result (README): ResNet-20 on CIFAR-10, 2-bit weights and 4-bit activations, 400 iterations of 64 images, three seeds: 85.4
@@ -25,12 +25,8 @@ The algorithm, as numbered in quantize():
  6. Evaluate, and write Q as integers.
 
 Differences from the paper: no code of it was published, so where the large-kernel attention stands and what the
-Adversarial Margin Add is in equations are our reading of the abstract. From GDFQ (arXiv 2003.03603), whose generator
-and schedule it builds on: the label's embedding is added to the noise instead of multiplied, the pixels of images stay
-in [0, 1], images differ in contrast and brightness, L_BNS is measured in units of each layer's standard deviation, the
-quantizers' ranges are those of least error, and the student, its weights moved to make up for rounding errors and its
-batch norms corrected, learns from images of which half are transformed, at other rates and another temperature, by
-clipped gradients. The README says what was measured of this.
+Adversarial Margin Add is in equations are our reading of the abstract. Those from GDFQ (arXiv 2003.03603), whose generator
+and losses it builds on, are listed in the README, with what was measured of each.
 
 Shapes: B batch_size, K num_classes, D features, S image_size, C channels, H and W height and width.
 """
@@ -479,6 +475,7 @@ def python_values(v):
 POSITIVE = (lambda v: 0 < v < math.inf, "a number above 0")
 NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "a finite number, 0 or more")
 NONE_OR_NOT_NEGATIVE = (lambda v: v is None or NOT_NEGATIVE[0](v), NOT_NEGATIVE[1])  # None: chosen later
+YES_OR_NO = (lambda v: isinstance(v, bool), "True or False")
 COMMON_RULES = {  # setting: (whether a value will do, what to choose)
     "w_bits": (whole(2, 8), "2 to 8 bits"), "a_bits": (whole(2, 8), "2 to 8 bits"),
     "image_size": (lambda v: whole(8)(v) and v % 4 == 0, "a multiple of 4, 8 or more"),
@@ -494,8 +491,9 @@ COMMON_RULES = {  # setting: (whether a value will do, what to choose)
     "generator_lr": NOT_NEGATIVE,
     "student_lr": NONE_OR_NOT_NEGATIVE,
     "norm_lr": NONE_OR_NOT_NEGATIVE,
-    "precision": (lambda v: v in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")}
-NOT_SETTINGS = ("teacher", "device", "evaluate", "out", "resume", "checkpoint_every", "about")
+    "precision": (lambda v: v in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
+    "symmetric": YES_OR_NO, "resume": YES_OR_NO}
+NOT_SETTINGS = ("teacher", "device", "evaluate", "out", "resume", "checkpoint_every", "about", "separability")
 
 
 def check_settings(arguments):
@@ -508,7 +506,8 @@ def check_settings(arguments):
             good = False
         if not good:
             flag = {"w_bits": "--w", "a_bits": "--a"}.get(name, "--" + name.replace("_", "-"))
-            flag = name if name in ("image_size", "num_classes", "mean", "std", "evaluate") else flag  # in Python alone
+            if name in ("image_size", "num_classes", "mean", "std", "evaluate") or choose == YES_OR_NO[1]:
+                flag = name  # wrong in Python alone
             raise BadInput(f"{flag} {arguments[name]!r}: choose {choose}")
     if len(arguments["mean"]) != len(arguments["std"]):
         raise BadInput(f"mean has {len(arguments['mean'])} channels and std has {len(arguments['std'])}: give one number each")
@@ -1086,7 +1085,7 @@ class Run:
                 model.eval()  # whatever mode `evaluate` leaves it in
         if name != "fp":
             self.figures[f"{name}_agreement"], self.figures["recognised"] = self.agreement()
-        if name == "ptq":  # the only one within the loop, whose seconds are those of the iterations
+        if name == "ptq":  # the only one within the loop, whose seconds are those of iterations and calibration
             self.seconds -= time.monotonic() - begun
 
     @torch.no_grad()
@@ -1329,7 +1328,7 @@ def run(main):
 # ================================================================================================ shared plumbing: end
 
 
-RULES = {"margin": (lambda v: v is None or abs(v) < math.pi, "a number of radians between -pi and pi"),
+RULES = {"lka": YES_OR_NO, "margin": (lambda v: v is None or abs(v) < math.pi, "a number of radians between -pi and pi"),
          "kd": (lambda v: v in ("kl", "dkd"), "kl or dkd"), "temperature": POSITIVE, "alpha": NOT_NEGATIVE,
          "beta": NOT_NEGATIVE, "bns_weight": NONE_OR_NOT_NEGATIVE, "ce_weight": NONE_OR_NOT_NEGATIVE,
          "pull": (lambda v: v is None or 0 <= v <= 1, "a share, from 0 to 1")}
@@ -1338,7 +1337,7 @@ RULES = {"margin": (lambda v: v is None or abs(v) < math.pi, "a number of radian
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common_flags(parser)
-    add = parser.add_argument_group("method (--no-lka --margin 0 --kd kl: GDFQ, but for the differences named above)").add_argument
+    add = parser.add_argument_group("method (--no-lka --margin 0 --kd kl --pull 0: GDFQ's losses; README, differences)").add_argument
     add("--no-lka", dest="lka", action="store_false", help="generator without large-kernel attention")
     add("--margin", type=float, metavar="RADIANS", help="AMA's angular margin on the label's logit; below 0 it widens the "
         "angles (default: -0.5 up to 100 classes, 0 above)")

@@ -64,7 +64,7 @@ def calculate_range(x, bits, symmetric):
 
     At few bits rare extremes cost all other values resolution. So the range is a share, 1, 0.9 ... 0.3, of that from
     minimum to maximum: the one that rounds the row with the least mean |error|^3. With |error|^2 the range is narrower and
-    clips more; before training that is worse at 2 bits, after it hardly (README, "Differences from the papers").
+    clips more, which was worse at 2 bits before weights made up for rounding errors, and after it within chance.
     """
     low, high = torch.aminmax(x, dim=1) if x.numel() else x.new_zeros(2, len(x))
     shares = [share / 10 for share in range(10, 2, -1)]

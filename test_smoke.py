@@ -993,6 +993,12 @@ def test_separability_is_left_out_where_evaluate_does_not_run_the_model(teacher)
     assert list(result["separability"]) == ["generated"]
 
 
+def test_separability_of_a_finished_run_is_measured_by_resuming_it(teacher, tmp_path):
+    first, _ = clusterq.quantize(teacher, **SMALL, iterations=4, out=tmp_path)
+    again, result = clusterq.quantize(teacher, **SMALL, iterations=4, out=tmp_path, resume=True, separability=True)
+    assert same(state_bytes(first), state_bytes(again)) and list(result["separability"]) == ["generated"]
+
+
 def test_evaluate_may_leave_what_it_measures_in_training_mode(teacher, script):
     images, seen = torch.randn(8, 3, 16, 16), []
 
@@ -1140,7 +1146,7 @@ def test_a_teacher_that_normalises_its_images_itself(teacher, script):
     assert ranges.bits == [8] and ranges.min_val < -1 and ranges.max_val > 1
 
 
-def test_seconds_are_those_of_the_iterations_alone(teacher, script, monkeypatch):
+def test_seconds_do_not_count_measuring(teacher, script, monkeypatch):
     clock, measured = time.monotonic, []
     monkeypatch.setattr(time, "monotonic", lambda: clock() + 10000 * len(measured))  # as if measuring took hours
     fresh_images = script.Run.fresh_images
@@ -1235,7 +1241,7 @@ def test_resume_gives_the_same_bits_as_an_uninterrupted_run(teacher, tmp_path, s
     (dict(bns_weight=float("nan")), "bns-weight"), (dict(classifier="stem"), "does not run, or not on one vector"), (dict(classifier="unused"), "does not run"), (dict(about={"made": {1, 2}}), "^about"),
     (dict(w_bits="4"), "^--w '4': choose 2 to 8 bits"), (dict(evaluate=0.9), "^evaluate 0.9: choose a function"), (dict(evaluate=lambda model: None), "evaluate returns None"),
     (dict(evaluate=lambda model: math.nan), "evaluate returns nan"), (dict(evaluate=lambda model: 101), "evaluate returns 101"), (dict(about=["a"]), "^about"),
-    (dict(student_lr=float("inf")), "student-lr"), (dict(out="/dev/null/x"), "/dev/null/x")))
+    (dict(symmetric="no"), "^symmetric 'no': choose True or False"), (dict(resume=1), "^resume 1: choose True"), (dict(student_lr=float("inf")), "student-lr"), (dict(out="/dev/null/x"), "/dev/null/x")))
 def test_quantize_refuses_what_it_cannot_use(teacher, change, message, script):
     teacher.unused = nn.Linear(12, 9)
     with pytest.raises(script.BadInput, match=message):
