@@ -6,7 +6,7 @@ batch-norm statistics and classes are those that P remembers, and whose deep fea
 Q learns from P on them.
 
     python clusterq.py                                    # offline demonstration, under three minutes on two CPU cores
-    python clusterq.py --arch resnet18 --w 4 --a 4        # an ImageNet network: 80,000 iterations; on an H100 18 minutes, by their rate
+    python clusterq.py --arch resnet18 --w 4 --a 4        # an ImageNet network: 80,000 iterations (18 minutes at an H100's rate)
     python clusterq.py --help                             # every flag, its default and where that comes from
 
 Result (README): ResNet-20 on CIFAR-10, 2-bit weights and 4-bit activations, 400 iterations of 64 images, three seeds: 85.0

@@ -5,7 +5,7 @@ A trained classifier P becomes a low-bit one, Q, without any of its data: a gene
 batch-norm statistics and classes are those that P remembers, and Q learns from P on them.
 
     python lrq.py                                    # offline demonstration, under three minutes on two CPU cores
-    python lrq.py --arch resnet18 --w 4 --a 4        # an ImageNet network: 80,000 iterations; on an H100 20 minutes, by their rate
+    python lrq.py --arch resnet18 --w 4 --a 4        # an ImageNet network: 80,000 iterations (20 minutes at an H100's rate)
     python lrq.py --help                             # every flag, its default and where that comes from
 
 Result (README): ResNet-20 on CIFAR-10, 2-bit weights and 4-bit activations, 400 iterations of 64 images, three seeds: 85.4
