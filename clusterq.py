@@ -547,7 +547,7 @@ def check_settings(arguments):
             good = False
         if not good:
             flag = {"w_bits": "--w", "a_bits": "--a"}.get(name, "--" + name.replace("_", "-"))
-            if name in ("image_size", "num_classes", "mean", "std", "evaluate") or choose == YES_OR_NO[1]:
+            if name in ("image_size", "num_classes", "mean", "std", "evaluate") or (will_do, choose) == YES_OR_NO:
                 flag = name  # wrong in Python alone
             raise BadInput(f"{flag} {arguments[name]!r}: choose {choose}")
     if len(arguments["mean"]) != len(arguments["std"]):

@@ -1248,6 +1248,13 @@ def test_quantize_refuses_what_it_cannot_use(teacher, change, message, script):
         script.quantize(teacher, **{**SMALL, "iterations": 4, **change})
 
 
+def test_every_yes_or_no_setting_refuses_another_value(teacher, script):
+    for name, parameter in inspect.signature(script.quantize).parameters.items():
+        if isinstance(parameter.default, bool):
+            with pytest.raises(script.BadInput, match=f"^{name} 'no': choose True or False"):
+                script.quantize(teacher, **SMALL, iterations=4, **{name: "no"})
+
+
 def test_a_teacher_that_gives_nan_or_has_no_batch_norm_is_refused(teacher, script):
     teacher.last.weight.data[0, 0] = torch.nan
     with pytest.raises(script.BadInput, match="NaN"):
