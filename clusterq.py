@@ -352,18 +352,14 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     TypeError). It seeds torch's random numbers and sets cuDNN's flags.
     """
     settings = check_settings(locals())
-    mean, std, generator_lr, student_lr, norm_lr = (
-        settings[key] for key in ("mean", "std", "generator_lr", "student_lr", "norm_lr"))
+    few = num_classes <= 100  # classes; other defaults for more
     # In a longer run the student's steps are shorter, or it ends farther from its teacher on real images (README).
-    shorter = min(1, (1000 if num_classes <= 100 else 4000) / iterations) ** 0.5
-    if student_lr is None:
-        student_lr = settings["student_lr"] = (3e-3 if num_classes <= 100 else 1e-3) * shorter
-    if norm_lr is None:
-        norm_lr = settings["norm_lr"] = 1e-2 * shorter
-    if bns_weight is None:
-        bns_weight = settings["bns_weight"] = 1.0 if num_classes <= 100 else 100.0
-    if ce_weight is None:
-        ce_weight = settings["ce_weight"] = 1.0 if num_classes <= 100 else 0.0
+    shorter = min(1, (1000 if few else 4000) / iterations) ** 0.5
+    defaults = {"student_lr": (3e-3 if few else 1e-3) * shorter, "norm_lr": 1e-2 * shorter,
+                "bns_weight": 1.0 if few else 100.0, "ce_weight": 1.0 if few else 0.0}
+    settings.update((name, value) for name, value in defaults.items() if settings[name] is None)
+    mean, std, generator_lr, student_lr, norm_lr, bns_weight, ce_weight = (
+        settings[name] for name in ("mean", "std", "generator_lr", *defaults))
     device, dtype = choose_device(device, precision)
     settings["precision"] = str(dtype).removeprefix("torch.")
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -533,6 +529,7 @@ COMMON_RULES = {  # setting: (whether a value will do, what to choose)
     "student_lr": NONE_OR_NOT_NEGATIVE,
     "norm_lr": NONE_OR_NOT_NEGATIVE,
     "precision": (lambda v: v in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
+    "about": (lambda v: v is None or isinstance(v, dict) and json.dumps(v), "a dict of strings and numbers, or None"),
     "symmetric": YES_OR_NO, "resume": YES_OR_NO}
 NOT_SETTINGS = ("teacher", "device", "evaluate", "out", "resume", "checkpoint_every", "about", "separability")
 
@@ -541,22 +538,18 @@ def check_settings(arguments):
     """Of quantize's arguments, those that the result depends on. Raises BadInput for one that cannot be used."""
     arguments = {name: value if name == "teacher" else python_values(value) for name, value in arguments.items()}
     for name, (will_do, choose) in {**COMMON_RULES, **RULES}.items():
-        try:
-            good = will_do(arguments[name])
-        except TypeError:
-            good = False
-        if not good:
-            flag = {"w_bits": "--w", "a_bits": "--a"}.get(name, "--" + name.replace("_", "-"))
-            if name in ("image_size", "num_classes", "mean", "std", "evaluate") or (will_do, choose) == YES_OR_NO:
-                flag = name  # wrong in Python alone
-            raise BadInput(f"{flag} {arguments[name]!r}: choose {choose}")
+        with contextlib.suppress(TypeError):
+            if will_do(arguments[name]):
+                continue
+        flag = {"w_bits": "--w", "a_bits": "--a"}.get(name, "--" + name.replace("_", "-"))
+        if name in ("image_size", "num_classes", "mean", "std", "evaluate", "about") or (will_do, choose) == YES_OR_NO:
+            flag = name  # wrong in Python alone
+        raise BadInput(f"{flag} {arguments[name]!r}: choose {choose}")
     if len(arguments["mean"]) != len(arguments["std"]):
         raise BadInput(f"mean has {len(arguments['mean'])} channels and std has {len(arguments['std'])}: give one number each")
-    try:
-        about = dict(json.loads(json.dumps(arguments["about"] or {})))
-    except (TypeError, ValueError) as error:
-        raise BadInput(f"about: {error}, as result.json needs it: give a dict of strings and numbers") from error
-    return {**about, "method": METHOD,
+    if arguments["out"] is not None or arguments["resume"]:
+        check_folder(arguments["out"], arguments["resume"])
+    return {**(arguments["about"] or {}), "method": METHOD,
             **{key: value for key, value in arguments.items() if key not in NOT_SETTINGS}}
 
 
@@ -625,25 +618,19 @@ def shapes_teacher():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = CifarResNet(1, 10).to(memory_format=torch.channels_last)
-        try:
+        with contextlib.suppress(Exception):  # not there, or not whole: train it
             model.load_state_dict(torch.load(cache, weights_only=True))
             return model.eval()
-        except Exception:  # not there, or not whole: train it
-            pass
         mean, std, *_ = DATASETS["shapes"]
         images, labels = draw_shapes(8000, seed=0)
         images = ((images - mean[0]) / std[0]).contiguous(memory_format=torch.channels_last)
-        epochs, batch_size = 8, 100
-        steps = epochs * len(images) // batch_size
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=steps)
-        progress = Progress("teacher", steps)
+        batches = [batch for _ in range(8) for batch in torch.randperm(len(images)).split(100)]
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=len(batches))
+        progress = Progress("teacher", len(batches))
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # sums in one order, so the same teacher for any number of cores
-        for step in range(steps):
-            if step % (len(images) // batch_size) == 0:
-                order = torch.randperm(len(images))
-            batch = order[step * batch_size % len(images):][:batch_size]
+        for step, batch in enumerate(batches):
             loss = F.cross_entropy(model(images[batch]), labels[batch])
             optimizer.zero_grad()
             loss.backward()
@@ -651,20 +638,18 @@ def shapes_teacher():
             schedule.step()
             progress(step + 1, {"L_CE": loss.detach()})
         torch.set_num_threads(threads)
-    try:
+    with contextlib.suppress(OSError, BadInput):  # a read-only home: train again next time
         cache.parent.mkdir(parents=True, exist_ok=True)
         with atomically(cache) as path:
             torch.save(model.state_dict(), path)
-    except (OSError, BadInput):  # a read-only home: train again next time
-        pass
     return model.eval()
 
 
 def build_teacher(arch, dataset):
     """The untrained network: (model, image size, mean, std, preprocessing of its test images, published weights)."""
     mean, std, size, num_classes, *_ = DATASETS[dataset]
-    resize, crop, published = (256, 224, None) if size == 224 else (size, size, None)
-    interpolation = transforms.InterpolationMode.BILINEAR
+    published, preprocess = None, transforms.Compose([
+        transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor(), transforms.Normalize(mean, std)])
     if arch in ("shapes", "resnet20"):
         model = CifarResNet(1 if arch == "shapes" else 3, num_classes)
     else:
@@ -676,14 +661,11 @@ def build_teacher(arch, dataset):
             published = getattr(choices, "IMAGENET1K_V1", choices.DEFAULT)
             if hasattr(model, "transform_input"):  # the published Inceptions normalise once more
                 model.transform_input = True
-            how = published.transforms()
-            mean, std, resize, crop = tuple(how.mean), tuple(how.std), how.resize_size[0], how.crop_size[0]
-            interpolation = how.interpolation
+            preprocess = published.transforms()
+            mean, std, size = tuple(preprocess.mean), tuple(preprocess.std), preprocess.crop_size[0]
     if not any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
         raise BadInput(f"--arch {arch} has no batch norm, whose statistics the method needs: choose one that has")
-    preprocess = transforms.Compose([transforms.Resize(resize, interpolation), transforms.CenterCrop(crop), transforms.ToTensor(),
-                                     transforms.Normalize(mean, std)])
-    return model.eval(), -(-crop // 4) * 4, mean, std, preprocess, published
+    return model.eval(), -(-size // 4) * 4, mean, std, preprocess, published
 
 
 def load_teacher(args, model, published):
@@ -710,31 +692,20 @@ def load_weights(model, file, arch, dataset):
     """Load a state dict (plain or under `state_dict`, `model_state_dict` or `model`, with or without `module.`) into the model."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise BadInput(f"--weights {file}: {error.strerror or first_line(error)}: name a file that can be read") from error
     except Exception as error:
-        raise BadInput(f"--weights {file} is not a file of tensors that torch.load reads: "
-                       "save one with torch.save(model.state_dict(), FILE)") from error
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
-        raise BadInput(f"--weights {file} holds no state dict: save one with torch.save(model.state_dict(), FILE)")
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    own = {key: value.shape for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
-    given = {key: value.shape for key, value in state.items() if not key.endswith("num_batches_tracked")}
-    missing, unexpected = [key for key in own if key not in given], [key for key in given if key not in own]
-    other = [key for key in own if key in given and given[key] != own[key]]
-    if other and not missing and not unexpected and all(own[key][1:] == given[key][1:] for key in other):
-        raise BadInput(f"--weights {file} is for {given[other[0]][0]} classes, --dataset {dataset} has {own[other[0]][0]}: "
-                       "choose the --dataset or the --weights that fits")
-    if missing or unexpected or other:
-        what = ", ".join(f"{len(keys)} {name} (first {keys[0]})" for name, keys in
-                         (("keys missing", missing), ("unexpected", unexpected), ("of another shape", other)) if keys)
-        raise BadInput(f"--weights {file} does not fit --arch {arch}: {what}")
-    complete = model.state_dict()  # which knows the versions of its modules
-    complete.update(state)
-    model.load_state_dict(complete, strict=False)
+        why = getattr(error, "strerror", None) or "not a file of tensors that torch.load reads"
+        raise BadInput(f"--weights {file}: {why}: name what torch.save(model.state_dict(), FILE) wrote") from error
+    wanted = model.state_dict()  # which knows the versions of its modules; all but counts of batches must be in the file
+    for key in [key for key in wanted if not key.endswith("num_batches_tracked")]:
+        del wanted[key]
+    try:
+        for key in ("state_dict", "model_state_dict", "model"):
+            state = state[key] if isinstance(state.get(key), dict) else state
+        wanted.update((key.removeprefix("module."), value) for key, value in state.items())
+        model.load_state_dict(wanted)
+    except (AttributeError, RuntimeError) as error:
+        raise BadInput(f"--weights {file} does not fit --arch {arch} --dataset {dataset}: "
+                       + " ".join(str(error).split())[:300]) from error
 
 
 def find_classifier(model, num_classes, name=None):
@@ -761,43 +732,30 @@ def prepare_teacher(teacher, image_size, num_classes, channels, classifier, devi
         raise BadInput(f"torch's default dtype is {torch.get_default_dtype()}: set it back to torch.float32")
     if not torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
         raise BadInput("quantize trains: call it outside of torch.no_grad(), torch.inference_mode() and torch.autocast()")
+    noise = torch.randn(2, channels, image_size, image_size, device="cpu", generator=torch.Generator().manual_seed(0))
+    images = noise.to(device, copy=True)
     try:
-        teacher = copy_without_hooks(teacher).float().eval().requires_grad_(False)
-    except RuntimeError as error:
-        raise BadInput(f"the teacher cannot be copied ({first_line(error)}): undo weight normalisation or pruning first, and "
-                       "give the module itself, not one that torch.jit made of it") from error
-    teacher.to(device, memory_format=torch.channels_last)
-    layer = find_classifier(teacher, num_classes, classifier)
-    with torch.no_grad():
-        noise = torch.randn(2, channels, image_size, image_size, device="cpu", generator=torch.Generator().manual_seed(0))
-        images = noise.to(device, copy=True)
-        try:
-            output = teacher(images)
-        except (RuntimeError, IndexError, ValueError, AttributeError, TypeError, AssertionError) as error:
-            raise BadInput(f"the teacher cannot be run on {image_size} x {image_size} images of {channels} channels "
-                           f"({first_line(error)}): check image_size, mean and std, and use .reshape or .flatten in its forward, "
-                           "not .view, since tensors are channels-last") from error
-        if not torch.is_tensor(output):
-            raise BadInput(f"the teacher returns a {type(output).__name__}, not a tensor: wrap it, to return the logits alone")
-        if not torch.equal(images.cpu(), noise):
-            raise BadInput("the teacher changes its images in place, and the student sees them after it: clone them in its forward")
-        try:
+        teacher = copy_without_hooks(teacher).float().eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        layer = find_classifier(teacher, num_classes, classifier)
+        with torch.no_grad():
             logits, features, norms, _ = teacher_forward(teacher, layer, images)
             again = F.linear(features, layer.weight.flatten(1), layer.bias)
-        except (RuntimeError, IndexError) as error:
-            raise BadInput("the layer taken for the teacher's classifier does not run, or not on one vector an image "
-                           f"({first_line(error)}): name the right one with classifier") from error
-        if not norms:
-            raise BadInput("the teacher has no BatchNorm2d with running statistics, which the method needs: of another kind, such "
-                           "as SyncBatchNorm, convert it first")
-        if tuple(logits.shape) != (2, num_classes):
-            raise BadInput(f"the teacher gives outputs of shape {tuple(logits.shape)} for two images, not (2, {num_classes}): "
-                           "check num_classes")
-        if not logits.isfinite().all():
-            raise BadInput("the teacher gives NaN or infinite outputs for images of plain noise: check its weights")
-        if again.shape != logits.shape or not torch.allclose(again, logits, rtol=1e-3, atol=1e-3 * logits.abs().max()):
-            raise BadInput("the teacher's outputs are not those of the layer taken for its classifier: name the right one with "
-                           "classifier")
+    except BadInput:
+        raise
+    except Exception as error:
+        raise BadInput(f"the teacher cannot be copied and run on {image_size} x {image_size} images of {channels} channels, or not "
+                       f"through its classifier on one vector an image ({first_line(error)}): check image_size, mean, std and "
+                       "classifier; it has to return logits alone, be free of pruning and weight normalisation, and use .reshape "
+                       "or .flatten, not .view, since tensors are channels-last") from error
+    for wrong, what in (
+            (not norms, "has no BatchNorm2d with running statistics, which the method needs: convert those of other kinds"),
+            (not torch.equal(images.cpu(), noise), "changes its images in place, and the student sees them after it: clone them"),
+            (logits.shape != (2, num_classes), f"gives outputs of shape {tuple(logits.shape)} for two images: check num_classes"),
+            (not logits.isfinite().all(), "gives NaN or infinite outputs for images of plain noise: check its weights"),
+            (again.shape != logits.shape or (again - logits).abs().max() > 2e-3 * logits.abs().max(),
+             "does not return what the layer taken for its classifier gives: name the right one with classifier")):
+        if wrong:
+            raise BadInput(f"the teacher {what}")
     return teacher, layer, norms
 
 
@@ -817,28 +775,21 @@ def load_images(args, preprocess):
     if not args.data:
         return None
     root = Path(args.data)
-    if not os.path.isdir(root) or not os.access(root, os.R_OK | os.X_OK):
-        raise BadInput(f"--data {root} is not a folder that can be read: name one with a folder of images for each class")
     archive, cifar = {"cifar10": ("cifar-10-batches-py", datasets.CIFAR10),
                       "cifar100": ("cifar-100-python", datasets.CIFAR100)}.get(args.dataset, ("", None))
-    if cifar is not None and (root / archive).is_dir():
-        try:
-            dataset = cifar(root, train=False, transform=preprocess)
-        except (RuntimeError, OSError) as error:
-            raise BadInput(f"--data {root} is not a whole CIFAR folder: unpack the archive again, all of its files") from error
-    else:
-        folder = next((root / name for name in ("val", "test") if (root / name).is_dir()), root)
-        try:
-            dataset = datasets.ImageFolder(folder, preprocess, loader=decode)
-        except OSError as error:
-            raise BadInput(f"--data {folder} has no images, or none that can be read: it takes a folder of images for each class "
-                           f"({first_line(error)})") from error
-        if len(dataset.classes) != num_classes:
-            raise BadInput(f"--data {folder} has {len(dataset.classes)} classes, --dataset {args.dataset} has "
-                           f"{num_classes}: choose the folder or the --dataset that fits")
-        if all(name.isdecimal() for name in dataset.classes) and dataset.classes != sorted(dataset.classes, key=int):
-            raise BadInput(f"--data {folder}: its classes are numbers, which sorted by name come as 0, 1, 10: rename them to "
-                           "as many digits each, 000, 001")
+    folder = next((root / name for name in ("val", "test") if (root / name).is_dir()), root)
+    try:
+        dataset = (cifar(root, train=False, transform=preprocess) if cifar and (root / archive).is_dir() else
+                   datasets.ImageFolder(folder, preprocess, loader=decode))
+    except (OSError, RuntimeError) as error:
+        raise BadInput(f"--data {folder}: {first_line(error)}: name a folder with one of images for each class, or torchvision's "
+                       "whole CIFAR folder") from error
+    if len(dataset.classes) != num_classes:
+        raise BadInput(f"--data {folder} has {len(dataset.classes)} classes, --dataset {args.dataset} has {num_classes}: "
+                       "choose the folder or the --dataset that fits")
+    if all(name.isdecimal() for name in dataset.classes) and dataset.classes != sorted(dataset.classes, key=int):
+        raise BadInput(f"--data {folder}: its classes are numbers, which sorted by name come as 0, 1, 10: rename them to "
+                       "as many digits each, 000, 001")
     workers = 0 if size < 224 else min(os.cpu_count() or 1, 16)
     return torch.utils.data.DataLoader(dataset, 250 if size < 224 else 50, num_workers=workers,
                                        pin_memory=torch.cuda.is_available() and args.device != "cpu")
@@ -912,7 +863,7 @@ def atomically(path):
 
 def check_folder(out, resume):
     """Raise BadInput unless the folder can be written and, to resume, holds a checkpoint."""
-    if resume and not os.path.isfile(Path(out) / "checkpoint.pt"):
+    if resume and (out is None or not os.path.isfile(Path(out) / "checkpoint.pt")):
         raise BadInput(f"--resume: there is no checkpoint.pt in {out}: leave --resume out, or name its folder with --out")
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -1035,58 +986,46 @@ class Repeated:
 
 
 class Run:
-    """Everything round the loop: the folder, checkpoints, Ctrl-C, progress, log.csv, and the figures and files at the end.
-
-        with Run(settings, ...) as run:
-            for step in range(run.step, iterations):   # run.step: iterations done, if it was resumed
-                ...
-                run.report(step + 1, losses)
-            result = run.finish()
-
-    parts: name -> what has a state_dict and belongs in the checkpoint beside student and generator.
-    """
+    """Everything round the loop: checkpoints, Ctrl-C, progress, log.csv, and the figures and files at the end; used by
+    quantize(). parts: name -> what has a state_dict and belongs in the checkpoint beside student and generator."""
 
     def __init__(self, settings, teacher, student, generator, device, evaluate, out, resume, checkpoint_every, **parts):
-        if resume and out is None:
-            raise BadInput("resume: name the folder of the checkpoint with out")
         self.settings = {**settings, "teacher": fingerprint(teacher)}
         self.teacher, self.student, self.generator, self.device, self.evaluate = teacher, student, generator, device, evaluate
         self.out, self.resume, self.checkpoint_every = None if out is None else Path(out), resume, checkpoint_every
         self.parts = {"student": student, "generator": generator, **parts}
-        self.step, self.seconds, self.figures, self.rows, self.requests, self.lock = 0, 0.0, {}, [], [], None
+        self.step, self.seconds, self.figures, self.rows, self.requests, self.handlers = 0, 0.0, {}, [], [], {}
+        self.lock = None
 
     def __enter__(self):
         if self.out is not None:
-            check_folder(self.out, self.resume)
             self.lock = lock_folder(self.out)
-        if threading.current_thread() is threading.main_thread():  # no other may catch signals
-            self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             if self.resume:
                 self.load()
-                if self.evaluate is not None and "fp_top1" not in self.figures:  # the first part had no images to measure on
-                    self.measure("fp")
-            else:
+            if "fp_top1" not in self.figures:  # as after a first part that had no images to measure on
                 self.measure("fp")
-                if self.out is not None:
-                    self.set_aside()
+            if self.out is not None and not self.resume:
+                self.set_aside()
         except BaseException:
             self.__exit__()
             raise
         print("  ".join(f"{key}={value}" for key, value in self.settings.items()) + f"  device={self.device}", flush=True)
         self.progress = Progress(METHOD, self.settings["iterations"], self.step)
         self.start = self.saved = time.monotonic()
+        if threading.current_thread() is threading.main_thread():  # no other may catch signals
+            self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_):
-        for number, handler in getattr(self, "handlers", {}).items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.lock is not None:
             os.close(self.lock)
 
     def stop(self, number, frame):
         """Signal handler: the loop stops between two iterations; asked a second time, or outside of it, at once."""
-        if self.requests or not hasattr(self, "start") or self.step == self.settings["iterations"]:
+        if self.requests or self.step == self.settings["iterations"]:
             raise KeyboardInterrupt
         self.requests.append(number)
         with contextlib.suppress(OSError):  # where there is no stderr
@@ -1113,33 +1052,25 @@ class Run:
             where = f"saved in {self.out}, --resume goes on from there" if self.out else "nothing saved without `out`"
             raise KeyboardInterrupt(f"stopped after iteration {step} of {iterations}; {where}")
 
+    @torch.no_grad()
     def measure(self, name):
-        """figures: NAME_top1, in percent, if there is a way to measure it. Leaves the random numbers as they are."""
-        begun = time.monotonic()
+        """figures, in percent: NAME_top1, if there is a way to measure it; and, of a student, on fresh synthetic images, how often
+        its first choice is the teacher's, and the teacher's the label. Leaves the random numbers as they are."""
+        begun, model = time.monotonic(), self.teacher if name == "fp" else self.student
         if self.evaluate is not None:
             with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-                model = self.teacher if name == "fp" else self.student
                 measured = python_values(self.evaluate(model))
-                if not isinstance(measured, (int, float)) or not 0 <= measured <= 100:
-                    raise BadInput(f"evaluate returns {measured!r}: it has to return a model's top-1 in percent, 0 to 100")
-                self.figures[f"{name}_top1"] = float(measured)
-                model.eval()  # whatever mode `evaluate` leaves it in
+            if not isinstance(measured, (int, float)) or not 0 <= measured <= 100:
+                raise BadInput(f"evaluate returns {measured!r}: it has to return a model's top-1 in percent, 0 to 100")
+            self.figures[f"{name}_top1"] = float(measured)
+            model.eval()  # whatever mode `evaluate` leaves it in
         if name != "fp":
-            self.figures[f"{name}_agreement"], self.figures["recognised"] = self.agreement()
+            own, teachers, labels = torch.cat([torch.stack([model(x).argmax(1), self.teacher(x).argmax(1), y])
+                                               for x, y in self.fresh_images()], 1)     # (images,) each
+            for key, right in ((f"{name}_agreement", own == teachers), ("recognised", teachers == labels)):
+                self.figures[key] = 100 * right.double().mean().item()
         if name == "ptq":  # the only one within the loop, whose seconds are those of iterations and calibration
             self.seconds -= time.monotonic() - begun
-
-    @torch.no_grad()
-    def agreement(self):
-        """On fresh synthetic images, in percent: how often the student's first choice is the teacher's, and how often
-        the teacher's is the label that the image was drawn for."""
-        agree = recognised = count = 0
-        for images, labels in self.fresh_images():
-            choice = self.teacher(images).argmax(1)
-            agree += (self.student(images).argmax(1) == choice).sum()
-            recognised += (choice == labels).sum()
-            count += len(labels)
-        return 100 * agree.item() / count, 100 * recognised.item() / count
 
     @torch.no_grad()
     def fresh_images(self):
@@ -1254,65 +1185,45 @@ def evaluate_student(args):
     try:
         packed = torch.load(args.evaluate, map_location="cpu", weights_only=True)
         args.arch, args.dataset = packed["settings"]["arch"], packed["settings"]["dataset"]
-        if "layers" not in packed:
-            raise KeyError("layers")  # a checkpoint.pt
         model, _, _, _, preprocess, _ = build_teacher(args.arch, args.dataset)
-    except OSError as error:
-        raise BadInput(f"--evaluate {args.evaluate}: {error.strerror or first_line(error)}: name a student.pt") from error
+        student = unpack(packed, model)
     except Exception as error:
-        raise BadInput(f"--evaluate {args.evaluate} is not a student.pt written by this command") from error
+        why = getattr(error, "strerror", None) or f"it is not a student.pt written by this command ({first_line(error)})"
+        raise BadInput(f"--evaluate {args.evaluate}: {why}: name another") from error
     if not args.data and args.dataset != "shapes":
         raise BadInput("--evaluate needs --data FOLDER, the labelled images to measure on")
     device, _ = choose_device(args.device, "float32")
-    try:
-        student = unpack(packed, model).to(device)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise BadInput(f"--evaluate {args.evaluate} does not fit the {args.arch} that it names ({first_line(error)}): name a "
-                       "student.pt as it was written") from error
-    print(f"{args.evaluate}: top-1 {top1(student, load_images(args, preprocess), device):.2f} %")
+    print(f"{args.evaluate}: top-1 {top1(student.to(device), load_images(args, preprocess), device):.2f} %")
 
 
 def common_flags(parser):
     add = parser.add_argument_group("network and data").add_argument
-    add("--arch", default="shapes", metavar="NAME", help="shapes: the offline demonstration, a ResNet-8 on drawn pictures "
-        "(the default); resnet20: for CIFAR; or any torchvision classifier with batch norm, such as resnet18")
-    add("--dataset", choices=DATASETS, help="what the network was trained on, which fixes classes, image size and "
-        "normalisation (for imagenet as published with the weights; default: that of the arch: shapes, cifar10 for resnet20, "
-        "else imagenet)")
-    add("--weights", metavar="FILE", help="state dict of the full-precision network (default: torchvision's "
-        "IMAGENET1K_V1, or those of chenyaofo/pytorch-cifar-models for resnet20, downloaded once)")
-    add("--data", metavar="FOLDER", help="labelled test images, to measure top-1 with, never to train: a folder for each "
-        "class, directly or in val/ or test/, or torchvision's CIFAR folder (default: shapes draws its own; else none, and "
-        "only the agreement of student and teacher on synthetic images is reported)")
+    add("--arch", default="shapes", metavar="NAME", help="shapes: the offline demonstration (default); resnet20: for CIFAR; or any "
+        "torchvision classifier with batch norm, such as resnet18")
+    add("--dataset", choices=DATASETS, help="what it was trained on: classes, image size, normalisation (default: the arch's)")
+    add("--weights", metavar="FILE", help="state dict of the full-precision network (default: the published, downloaded once)")
+    add("--data", metavar="FOLDER", help="labelled test images, to measure top-1 with, never to train: a folder for each class, "
+        "directly or in val/ or test/, or torchvision's CIFAR folder (default: none; shapes draws its own)")
     add = parser.add_argument_group("quantization").add_argument
     add("--w", dest="w_bits", type=int, metavar="BITS", help="bits of the weights, 2 to 8 (default: 4; 3 for shapes)")
-    add("--a", dest="a_bits", type=int, metavar="BITS", help="bits of the activations, 2 to 8 (default: 4; 3 for shapes); the "
-        "network's own input always has 8")
+    add("--a", dest="a_bits", type=int, metavar="BITS", help="the same of activations; the network's own input always has 8")
     add("--symmetric", action="store_true", help="signed codes with zero point 0 (default: asymmetric)")
     add = parser.add_argument_group("run").add_argument
-    add("--iterations", type=int, metavar="N", help="iterations, the generator's warm-up included (default: 80000 for "
-        "imagenet, GDFQ's 400 epochs of 200; 1000 for CIFAR, a CPU user's budget; 500 for shapes)")
-    add("--batch-size", type=int, metavar="N", help="synthetic images in an iteration (default: 16 for imagenet as in "
-        "GDFQ, 64 for CIFAR, 32 for shapes)")
-    add("--warmup", type=float, metavar="SHARE", help="share of the iterations in which the generator learns alone "
-        "(default: %(default)s)")
+    add("--iterations", type=int, metavar="N", help="warm-up included (default: 80000 for imagenet, GDFQ; CIFAR 1000, shapes 500)")
+    add("--batch-size", type=int, metavar="N", help="images an iteration (default: 16 for imagenet, GDFQ; CIFAR 64, shapes 32)")
+    add("--warmup", type=float, metavar="SHARE", help="of the iterations: the generator learns alone (default: %(default)s)")
     add("--generator-lr", type=float, metavar="RATE", help="of Adam (default: %(default)s, GDFQ)")
-    add("--student-lr", type=float, metavar="RATE", help="of SGD for the student's weights, falling as a cosine to zero "
-        "(default: 0.003, for more than 1000 iterations 0.003 sqrt(1000 / iterations); above 100 classes 0.001, for more than 4000 "
-        "0.001 sqrt(4000 / iterations); published: 0.0001 for CIFAR, 0.000001 for ImageNet)")
-    add("--norm-lr", type=float, metavar="RATE", help="the same for its batch norms and biases, all that has one dimension "
-        "(default: 0.01, in a longer run times the same root; with both 0 the student is only corrected)")
+    add("--student-lr", type=float, metavar="RATE", help="of SGD for the student's weights, falling as a cosine to zero (default: "
+        "0.003, above 100 classes 0.001; lower in longer runs: README; published: 0.0001 CIFAR, 0.000001 ImageNet)")
+    add("--norm-lr", type=float, metavar="RATE", help="the same for its batch norms and biases (default: 0.01, lower if longer)")
     add("--seed", type=int, metavar="N", help="seed of all random numbers (default: %(default)s)")
     add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one, else cpu)")
-    add("--precision", help="float32, bfloat16, or auto (default): bfloat16 where the processor is faster in it; of "
-        "convolutions in training, never of the student's grid or of an accuracy")
-    add("--out", metavar="FOLDER", help="where result.json, student.pt, checkpoint.pt, samples.png and log.csv go "
-        "(default: a folder in out/ named after the settings); an earlier run there is moved aside, not lost")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out, exactly (on a GPU up to the order "
-        "of its sums)")
+    add("--precision", help="float32, bfloat16, or auto (default: bfloat16 where it is faster); of convolutions in training alone")
+    add("--out", metavar="FOLDER", help="where result.json, student.pt, checkpoint.pt, samples.png and log.csv go (default: a "
+        "folder in out/ named after the settings); an earlier run there is moved aside, not lost")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out, exactly (on a GPU up to the order of sums)")
     add("--checkpoint-every", type=float, metavar="SECONDS", help="(default: %(default)s); Ctrl-C saves one too")
-    add("--evaluate", metavar="STUDENT.pt", help="train nothing: measure this packed student, of the network that it names, "
-        "on --data")
+    add("--evaluate", metavar="STUDENT.pt", help="train nothing: measure this packed student on --data")
 
 
 def command_line(parser, argv):
@@ -1344,7 +1255,6 @@ def command_line(parser, argv):
         image_size=image_size, num_classes=num_classes, w_bits=args.w_bits, a_bits=args.a_bits, mean=mean, std=std,
         iterations=args.iterations, batch_size=args.batch_size, out=out, about={"arch": args.arch, "dataset": args.dataset})
     check_settings(options)
-    check_folder(out, args.resume)
     device, _ = choose_device(args.device, args.precision)
     images, teacher = load_images(args, preprocess), load_teacher(args, model, published)
     options["evaluate"] = None if images is None else lambda model: top1(model, images, device)

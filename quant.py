@@ -482,11 +482,14 @@ def quant_layers(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, (QuantConv2d, QuantLinear))}
 
 
-def quantizer_keys(model):
-    """The state dict's keys that quantize_model adds to a model, under each name that a layer has."""
-    return {f"{name}.{key}".lstrip(".") for name, layer in model.named_modules(remove_duplicate=False)
-            if isinstance(layer, (QuantConv2d, QuantLinear)) for key in layer.state_dict()
-            if key.startswith(("weight_scale", "weight_zero_point", "input_quantizer."))}
+def float_entries(model, names):
+    """The state dict without what quantize_model adds, and without the weights of the layers called `names`, under any name."""
+    added = {f"{name}.{key}".lstrip(".") for name, layer in model.named_modules(remove_duplicate=False)
+             if isinstance(layer, (QuantConv2d, QuantLinear)) for key in layer.state_dict()
+             if key.startswith(("weight_scale", "weight_zero_point", "input_quantizer."))}
+    packed = {model.get_submodule(name).weight.data_ptr() for name in names}
+    return {key: value for key, value in model.state_dict().items() if torch.is_tensor(value) and key not in added
+            and not (value.numel() and value.data_ptr() in packed)}
 
 
 def pack(model):
@@ -500,7 +503,7 @@ def pack(model):
     quantizers = input_quantizers(model).values()
     if not any(q.bits for q in quantizers) or any(len(q.bits) != len(q.scale) for q in quantizers):
         raise RuntimeError("nothing to pack: call observe(model), run images through it, then freeze(model)")
-    layers, packed_tensors, added = {}, set(), quantizer_keys(model)
+    layers = {}
     with torch.no_grad():
         for name, layer in quant_layers(model).items():
             if not layer.input_quantizer.bits:
@@ -513,11 +516,8 @@ def pack(model):
                 "bits": layer.w_bits, "symmetric": layer.symmetric, "scale": scale.cpu().clone(),
                 "zero_point": (zero_point - quant_min).to(torch.uint8).cpu(), "input_bits": list(quantizer.bits),
                 "input_scale": quantizer.scale.cpu().clone(), "input_zero_point": quantizer.zero_point.cpu().clone()}
-            packed_tensors.add(layer.weight.data_ptr())
-    rest = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()
-            if torch.is_tensor(value) and key not in added and not
-            (value.numel() and value.data_ptr() in packed_tensors)}
-    return {"layers": layers, "rest": rest}
+    return {"layers": layers,
+            "rest": {key: value.detach().cpu().clone() for key, value in float_entries(model, layers).items()}}
 
 
 def unpack(packed, model):
@@ -531,15 +531,8 @@ def unpack(packed, model):
     student = quantize_model(model, some["bits"], 8, some["symmetric"]).float()
     quantized, state = quant_layers(student), student.state_dict()
     found = {name: list(quantized[name].weight.shape) for name in layers if name in quantized}
-    if found != {name: layer["shape"] for name, layer in layers.items()}:
-        raise ValueError(f"the packed student is of another architecture: {len(layers)} layers with "
-                         f"{sum(1 for name in layers if layers[name]['shape'] == found.get(name))} in common")
-    own, weights = quantizer_keys(student), {quantized[name].weight.data_ptr() for name in layers}
-    expected = {key for key, value in state.items() if torch.is_tensor(value) and key not in own and not
-                (value.numel() and value.data_ptr() in weights)}
-    if expected != set(rest):
-        raise ValueError(f"the packed student is of another architecture: {len(expected - set(rest))} missing and "
-                         f"{len(set(rest) - expected)} unexpected entries")
+    if found != {name: layer["shape"] for name, layer in layers.items()} or float_entries(student, layers).keys() != rest.keys():
+        raise ValueError("the packed student is of another architecture than the model")
     state.update(rest)
     student.load_state_dict(state)
     with torch.no_grad():
