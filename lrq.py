@@ -45,6 +45,7 @@ import os
 import signal
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import warnings
@@ -660,8 +661,8 @@ def load_weights(model, file, arch, dataset):
         wanted.update((key.removeprefix("module."), value) for key, value in state.items())
         model.load_state_dict(wanted)
     except (AttributeError, RuntimeError) as error:
-        raise BadInput(f"--weights {file} does not fit --arch {arch} --dataset {dataset}: "
-                       + " ".join(str(error).split())[:300]) from error
+        raise BadInput(f"--weights {file} does not fit --arch {arch} --dataset {dataset}, choose those that do: "
+                       + textwrap.shorten(str(error), 240)) from error
 
 
 def find_classifier(model, num_classes, name=None):
