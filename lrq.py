@@ -506,7 +506,7 @@ def check_settings(arguments):
         raise BadInput(f"mean has {len(arguments['mean'])} channels and std has {len(arguments['std'])}: give one number each")
     if arguments["out"] is not None or arguments["resume"]:
         check_folder(arguments["out"], arguments["resume"])
-    return {**(arguments["about"] or {}), "method": METHOD,
+    return {**json.loads(json.dumps(arguments["about"] or {})), "method": METHOD,
             **{key: value for key, value in arguments.items() if key not in NOT_SETTINGS}}
 
 
@@ -606,7 +606,8 @@ def build_teacher(arch, dataset):
     """The untrained network: (model, image size, mean, std, preprocessing of its test images, published weights)."""
     mean, std, size, num_classes, *_ = DATASETS[dataset]
     published, preprocess = None, transforms.Compose([
-        transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor(), transforms.Normalize(mean, std)])
+        transforms.Resize(256 if size == 224 else size), transforms.CenterCrop(size), transforms.ToTensor(),
+        transforms.Normalize(mean, std)])
     if arch in ("shapes", "resnet20"):
         model = CifarResNet(1 if arch == "shapes" else 3, num_classes)
     else:
@@ -652,17 +653,21 @@ def load_weights(model, file, arch, dataset):
     except Exception as error:
         why = getattr(error, "strerror", None) or "not a file of tensors that torch.load reads"
         raise BadInput(f"--weights {file}: {why}: name what torch.save(model.state_dict(), FILE) wrote") from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise BadInput(f"--weights {file} holds no state dict: save one with torch.save(model.state_dict(), FILE)")
     wanted = model.state_dict()  # which knows the versions of its modules; all but counts of batches must be in the file
-    for key in [key for key in wanted if not key.endswith("num_batches_tracked")]:
-        del wanted[key]
+    for key in list(wanted):
+        if not key.endswith("num_batches_tracked"):
+            del wanted[key]
+    wanted.update((key.removeprefix("module."), value) for key, value in state.items())
     try:
-        for key in ("state_dict", "model_state_dict", "model"):
-            state = state[key] if isinstance(state.get(key), dict) else state
-        wanted.update((key.removeprefix("module."), value) for key, value in state.items())
         model.load_state_dict(wanted)
-    except (AttributeError, RuntimeError) as error:
-        raise BadInput(f"--weights {file} does not fit --arch {arch} --dataset {dataset}, choose those that do: "
-                       + textwrap.shorten(str(error), 240)) from error
+    except RuntimeError as error:
+        raise BadInput(f"--weights {file}, which begins with '{next(iter(state), None)}', does not fit --arch {arch} --dataset "
+                       f"{dataset}, choose those that do: {textwrap.shorten(str(error), 240)}") from error
 
 
 def find_classifier(model, num_classes, name=None):
@@ -697,7 +702,7 @@ def prepare_teacher(teacher, image_size, num_classes, channels, classifier, devi
         with torch.no_grad():
             logits, features, norms, _ = teacher_forward(teacher, layer, images)
             again = F.linear(features, layer.weight.flatten(1), layer.bias)
-    except BadInput:
+    except (BadInput, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise BadInput(f"the teacher cannot be copied and run on {image_size} x {image_size} images of {channels} channels, or not "
@@ -709,7 +714,7 @@ def prepare_teacher(teacher, image_size, num_classes, channels, classifier, devi
             (not torch.equal(images.cpu(), noise), "changes its images in place, and the student sees them after it: clone them"),
             (logits.shape != (2, num_classes), f"gives outputs of shape {tuple(logits.shape)} for two images: check num_classes"),
             (not logits.isfinite().all(), "gives NaN or infinite outputs for images of plain noise: check its weights"),
-            (again.shape != logits.shape or (again - logits).abs().max() > 2e-3 * logits.abs().max(),
+            (again.shape != logits.shape or not (again - logits).abs().max() <= 2e-3 * logits.abs().max(),
              "does not return what the layer taken for its classifier gives: name the right one with classifier")):
         if wrong:
             raise BadInput(f"the teacher {what}")
@@ -734,9 +739,9 @@ def load_images(args, preprocess):
     root = Path(args.data)
     archive, cifar = {"cifar10": ("cifar-10-batches-py", datasets.CIFAR10),
                       "cifar100": ("cifar-100-python", datasets.CIFAR100)}.get(args.dataset, ("", None))
-    folder = next((root / name for name in ("val", "test") if (root / name).is_dir()), root)
+    folder = next((root / name for name in ("val", "test") if os.path.isdir(root / name)), root)
     try:
-        dataset = (cifar(root, train=False, transform=preprocess) if cifar and (root / archive).is_dir() else
+        dataset = (cifar(root, train=False, transform=preprocess) if cifar and os.path.isdir(root / archive) else
                    datasets.ImageFolder(folder, preprocess, loader=decode))
     except (OSError, RuntimeError) as error:
         raise BadInput(f"--data {folder}: {first_line(error)}: name a folder with one of images for each class, or torchvision's "
@@ -952,11 +957,13 @@ class Run:
         self.out, self.resume, self.checkpoint_every = None if out is None else Path(out), resume, checkpoint_every
         self.parts = {"student": student, "generator": generator, **parts}
         self.step, self.seconds, self.figures, self.rows, self.requests, self.handlers = 0, 0.0, {}, [], [], {}
-        self.lock = None
+        self.start = self.lock = None
 
     def __enter__(self):
         if self.out is not None:
             self.lock = lock_folder(self.out)
+        if threading.current_thread() is threading.main_thread():  # no other may catch signals
+            self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             if self.resume:
                 self.load()
@@ -970,8 +977,6 @@ class Run:
         print("  ".join(f"{key}={value}" for key, value in self.settings.items()) + f"  device={self.device}", flush=True)
         self.progress = Progress(METHOD, self.settings["iterations"], self.step)
         self.start = self.saved = time.monotonic()
-        if threading.current_thread() is threading.main_thread():  # no other may catch signals
-            self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_):
@@ -982,7 +987,7 @@ class Run:
 
     def stop(self, number, frame):
         """Signal handler: the loop stops between two iterations; asked a second time, or outside of it, at once."""
-        if self.requests or self.step == self.settings["iterations"]:
+        if self.requests or self.start is None or self.step == self.settings["iterations"]:
             raise KeyboardInterrupt
         self.requests.append(number)
         with contextlib.suppress(OSError):  # where there is no stderr
@@ -1009,7 +1014,6 @@ class Run:
             where = f"saved in {self.out}, --resume goes on from there" if self.out else "nothing saved without `out`"
             raise KeyboardInterrupt(f"stopped after iteration {step} of {iterations}; {where}")
 
-    @torch.no_grad()
     def measure(self, name):
         """figures, in percent: NAME_top1, if there is a way to measure it; and, of a student, on fresh synthetic images, how often
         its first choice is the teacher's, and the teacher's the label. Leaves the random numbers as they are."""
@@ -1022,10 +1026,11 @@ class Run:
             self.figures[f"{name}_top1"] = float(measured)
             model.eval()  # whatever mode `evaluate` leaves it in
         if name != "fp":
-            own, teachers, labels = torch.cat([torch.stack([model(x).argmax(1), self.teacher(x).argmax(1), y])
-                                               for x, y in self.fresh_images()], 1)     # (images,) each
+            with torch.no_grad():
+                own, teachers, labels = torch.cat([torch.stack([model(x).argmax(1), self.teacher(x).argmax(1), y])
+                                                   for x, y in self.fresh_images()], 1)  # (images,) each
             for key, right in ((f"{name}_agreement", own == teachers), ("recognised", teachers == labels)):
-                self.figures[key] = 100 * right.double().mean().item()
+                self.figures[key] = 100 * right.sum().item() / len(right)
         if name == "ptq":  # the only one within the loop, whose seconds are those of iterations and calibration
             self.seconds -= time.monotonic() - begun
 

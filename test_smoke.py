@@ -1011,6 +1011,15 @@ def test_evaluate_may_leave_what_it_measures_in_training_mode(teacher, script):
     assert not any(model.training for model in seen) and len(seen) == (4 if script is clusterq else 3)
 
 
+def test_evaluate_may_take_gradients(teacher, script):
+    def evaluate(model):  # accuracy under attack, say
+        images = torch.randn(4, 3, 16, 16, requires_grad=True)
+        model(images).sum().backward()
+        return 50 if images.grad.any() else 0
+    _, result = script.quantize(teacher, **SMALL, iterations=4, evaluate=evaluate)
+    assert [result[f"{name}_top1"] for name in ("fp", "ptq", "q")] == [50, 50, 50]
+
+
 @pytest.mark.parametrize("able, dtype", (
     ({}, torch.float32), ({"avx512_bf16": True}, torch.bfloat16), ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, torch.bfloat16),
     ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, torch.float32),
@@ -1162,7 +1171,7 @@ def test_seconds_do_not_count_measuring(teacher, script, monkeypatch):
 
 def test_numbers_of_numpy_and_torch_are_taken_as_numbers(teacher, tmp_path, script):
     arguments = {**SMALL, "mean": np.full(3, 0.5), "std": torch.full((3,), 0.25), "w_bits": np.int64(3), "temperature": np.float32(4),
-                 "student_lr": np.float32(0.01), "generator_lr": np.float64(0.001), "about": {"made": np.int64(2026), "method": "mine"}}
+                 "student_lr": np.float32(0.01), "generator_lr": np.float64(0.001), "about": {"made": np.int64(2026), "method": "mine", "with": torch.__version__}}  # a str of a class of its own
     for resume in (False, True):
         _, result = script.quantize(teacher, **arguments, iterations=2, out=tmp_path, resume=resume)
         assert result["mean"] == [0.5] * 3 and result["std"] == [0.25] * 3 and result["temperature"] == 4
@@ -1231,6 +1240,18 @@ def test_resume_gives_the_same_bits_as_an_uninterrupted_run(teacher, tmp_path, s
     assert (tmp_path / "whole/log.csv").read_text() == (tmp_path / "parts/log.csv").read_text()
     for key in ("fp_top1", "ptq_agreement", "q_agreement", "recognised"):
         assert result[key] == expected[key]
+
+
+def test_a_stop_in_the_first_measurement_is_at_once_and_leaves_the_signals_as_they_were(teacher, tmp_path, script):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def evaluate(model):
+        assert signal.getsignal(signal.SIGTERM) != before
+        os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        script.quantize(teacher, **SMALL, iterations=4, evaluate=evaluate, out=tmp_path)
+    assert signal.getsignal(signal.SIGTERM) == before
+    script.quantize(teacher, **SMALL, iterations=4, out=tmp_path)  # the folder is free
 
 
 @pytest.mark.parametrize("change, message", (
@@ -1430,7 +1451,7 @@ BAD_INPUT = (
     ("--arch resnet20 --weights {0}", "--weights"), ("--arch resnet20 --weights {0}/resnet18.pt", "conv1.weight"),
     ("--arch resnet18 --weights {0}/resnet20.pt", "Missing key(s)"),
     ("--arch resnet20 --weights {0}/resnet20-100.pt", "torch.Size([100, 64])"), ("--arch resnet20 --weights {0}/nan.pt", "NaN"),
-    (RESNET20 + " --data {0}/none", "--data {0}/none"), (RESNET20 + " --data {0}/empty", "--data {0}/empty"),
+    (RESNET20 + " --data {0}/none", "--data {0}/none"), (RESNET20 + " --data " + "a" * 300, "File name too long"), (RESNET20 + " --data {0}/empty", "--data {0}/empty"),
     (RESNET20 + " --data {0}/nine", "9 classes"), (RESNET20 + " --data {0}/broken", "class3/0.png"),
     (RESNET20 + " --out {0}/file", "--out {0}/file"), (RESNET20 + " --out {0}/file/folder", "--out {0}/file/folder"),
     (RESNET20 + " --resume --out {0}/empty", "--resume"), (RESNET20 + " --batch-size 1", "--batch-size 1"),
