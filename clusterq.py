@@ -1207,7 +1207,8 @@ def common_flags(parser):
     add("--arch", default="shapes", metavar="NAME", help="shapes: the offline demonstration (default); resnet20: for CIFAR; or any "
         "torchvision classifier with batch norm, such as resnet18")
     add("--dataset", choices=DATASETS, help="what it was trained on: classes, image size, normalisation (default: the arch's)")
-    add("--weights", metavar="FILE", help="state dict of the full-precision network (default: the published, downloaded once)")
+    add("--weights", metavar="FILE", help="state dict of the full-precision network (default, downloaded once: torchvision's "
+        "IMAGENET1K_V1, or for resnet20 that of chenyaofo/pytorch-cifar-models)")
     add("--data", metavar="FOLDER", help="labelled test images, to measure top-1 with, never to train: a folder for each class, "
         "directly or in val/ or test/, or torchvision's CIFAR folder (default: none; shapes draws its own)")
     add = parser.add_argument_group("quantization").add_argument
@@ -1217,11 +1218,12 @@ def common_flags(parser):
     add = parser.add_argument_group("run").add_argument
     add("--iterations", type=int, metavar="N", help="warm-up included (default: 80000 for imagenet, GDFQ; CIFAR 1000, shapes 500)")
     add("--batch-size", type=int, metavar="N", help="images an iteration (default: 16 for imagenet, GDFQ; CIFAR 64, shapes 32)")
-    add("--warmup", type=float, metavar="SHARE", help="of the iterations: the generator learns alone (default: %(default)s)")
+    add("--warmup", type=float, metavar="SHARE", help="of iterations in which the generator learns alone (default: %(default)s)")
     add("--generator-lr", type=float, metavar="RATE", help="of Adam (default: %(default)s, GDFQ)")
     add("--student-lr", type=float, metavar="RATE", help="of SGD for the student's weights, falling as a cosine to zero (default: "
         "0.003, above 100 classes 0.001; lower in longer runs: README; published: 0.0001 CIFAR, 0.000001 ImageNet)")
-    add("--norm-lr", type=float, metavar="RATE", help="the same for its batch norms and biases (default: 0.01, lower if longer)")
+    add("--norm-lr", type=float, metavar="RATE", help="the same for its batch norms and biases (default: 0.01, lower in longer "
+        "runs; with both 0 the student is only corrected)")
     add("--seed", type=int, metavar="N", help="seed of all random numbers (default: %(default)s)")
     add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one, else cpu)")
     add("--precision", help="float32, bfloat16, or auto (default: bfloat16 where it is faster); of convolutions in training alone")
