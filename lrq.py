@@ -739,13 +739,14 @@ def load_images(args, preprocess):
     root = Path(args.data)
     archive, cifar = {"cifar10": ("cifar-10-batches-py", datasets.CIFAR10),
                       "cifar100": ("cifar-100-python", datasets.CIFAR100)}.get(args.dataset, ("", None))
-    folder = next((root / name for name in ("val", "test") if os.path.isdir(root / name)), root)
+    unpacked = cifar is not None and os.path.isdir(root / archive)
+    folder = root if unpacked else next((root / name for name in ("val", "test") if os.path.isdir(root / name)), root)
     try:
-        dataset = (cifar(root, train=False, transform=preprocess) if cifar and os.path.isdir(root / archive) else
+        dataset = (cifar(root, train=False, transform=preprocess) if unpacked else
                    datasets.ImageFolder(folder, preprocess, loader=decode))
     except (OSError, RuntimeError) as error:
-        raise BadInput(f"--data {folder}: {first_line(error)}: name a folder with one of images for each class, or torchvision's "
-                       "whole CIFAR folder") from error
+        kind = "a whole CIFAR folder" if unpacked else "a folder with one of images for each class"
+        raise BadInput(f"--data {folder} is not {kind} ({first_line(error)}): mend it, or name another") from error
     if len(dataset.classes) != num_classes:
         raise BadInput(f"--data {folder} has {len(dataset.classes)} classes, --dataset {args.dataset} has {num_classes}: "
                        "choose the folder or the --dataset that fits")

@@ -1460,7 +1460,7 @@ BAD_INPUT = (
     (RESNET20 + " --warmup 1", "--warmup 1"), (RESNET20 + " --precision int8", "--precision 'int8'"), (RESNET20 + " --device cuda:99", "--device cuda:99"), ("--dataset cifar11", "--dataset"),
     ("--arch resnet18 --dataset cifar10", "--weights"), ("--arch resnet20 --dataset imagenet", "--weights"), ("--no-such-flag", "--no-such-flag"),
     (RESNET20 + " --seed -1", "--seed -1"), (RESNET20 + " --seed 99999999999999999999", "--seed"),
-    (RESNET20 + " --data {0}/half", "half: Dataset not found"),
+    (RESNET20 + " --data {0}/half", "half is not a whole CIFAR folder"),
     ("--arch resnet20 --dataset cifar100 --weights {0}/resnet20-100.pt --data {0}/numbers", "rename them to as many digits"),
     ("--evaluate {0}/text.pt", "text.pt"), ("--evaluate {0}/none.pt", "none.pt"), ("--evaluate {0}/checkpoint.pt", "is not a student.pt"),
     ("--evaluate {0}/student.pt --data {0}/images", "of another architecture"))
