@@ -3,6 +3,7 @@
 
     student = quantize_model(model, w_bits=4, a_bits=4)   # a copy; `model` stays as it is
     observe(student); student(images)                     # learn the activation ranges
+    equalize_depthwise(student, model, [images])          # use the range of a depthwise input evenly
     correct_batch_norm(student, model, [images])          # undo what rounded weights do to each channel's mean and spread
     freeze(student)                                       # fix the ranges; from here on the student is quantized and trains
     compensate_rounding(student, model, [images])         # let weights make up for rounding errors, of activations too
@@ -24,11 +25,11 @@ import copy
 from collections import Counter, OrderedDict
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 __all__ = ["calculate_qparams", "quantize_tensor", "fake_quantize", "QuantConv2d", "QuantLinear", "quantize_model",
-           "observe", "freeze", "compensate_rounding", "correct_batch_norm", "pack", "unpack"]
+           "observe", "freeze", "equalize_depthwise", "correct_batch_norm", "compensate_rounding", "pack", "unpack"]
 
 
 # ------------------------------------------------------------------------------------------------ the maths
@@ -314,6 +315,72 @@ def freeze(model):
     return model
 
 
+def feeding_batch_norms(model):
+    """{depthwise convolution: batch norm}, by name, of each pair with nothing but ReLU, ReLU6 and padding with zeros between,
+    where nothing else uses what runs between, nor the parameters. Empty if torch.fx cannot trace the model's forward."""
+    try:
+        graph = fx.symbolic_trace(model).graph
+    except Exception:  # which values decide, say
+        return {}
+    modules, pairs = dict(model.named_modules()), {}
+    runs = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    owners = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
+
+    def passes(node):  # a factor of each channel on
+        return (node.op == "call_module" and isinstance(modules[node.target], (nn.ReLU, nn.ReLU6, nn.ZeroPad2d))
+                or node.op == "call_method" and node.target in ("relu", "relu_")
+                or node.target in (F.relu, F.relu6, torch.relu)
+                or node.target is F.pad and node.kwargs.get("mode", "constant") == "constant" and not node.kwargs.get("value"))
+    for node in graph.nodes:
+        layer = modules.get(node.target) if node.op == "call_module" else None
+        if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1:
+            source = node.all_input_nodes[0]
+            while passes(source) and len(source.users) == 1:
+                source = source.all_input_nodes[0]
+            norm = modules.get(source.target) if source.op == "call_module" else None
+            if (isinstance(norm, nn.BatchNorm2d) and norm.affine and len(source.users) == runs[source.target] == 1
+                    and runs[node.target] == 1 and all(owners[id(p)] == 1 for p in (layer.weight, norm.weight, norm.bias))):
+                pairs[node.target] = source.target
+    return pairs
+
+
+@torch.no_grad()
+def equalize_depthwise(student, teacher, batches):
+    """Give each channel of a depthwise convolution's input the resolution that it would have with a range of its own.
+
+    One range, of largest magnitude R, serves all channels of the input, and many use a part of it only. Where a batch norm
+    feeds the convolution (feeding_batch_norms), the student's weight and bias there are multiplied by s = R / r, channel by
+    channel, with r the largest magnitude of the channel's own calculate_range (mean over the batches), s within 1/8 to 8, and
+    the convolution's weight and its scale divided by s. ReLU passes the factor on; what ReLU6 clips beyond r, a range of the
+    channel's own would have clipped. batches: images, (B, C, H, W) each. The student has observed its ranges, which stay,
+    and not trained. Returns the student.
+    Source: cross-layer equalization, Nagel et al., arXiv 1906.04721, section 4.1, where the ranges are those of weights.
+    """
+    teacher, r = copy_without_hooks(teacher).eval(), {}
+    pairs = feeding_batch_norms(teacher)
+
+    def measure(name):
+        def hook(layer, args):
+            quantizer = student.get_submodule(name).input_quantizer
+            low, high = calculate_range(args[0].transpose(0, 1).flatten(1), quantizer.default_bits, quantizer.symmetric)
+            r[name] = r.get(name, 0) + torch.maximum(-low, high) / len(batches)         # (C,)
+        return hook
+    for name in pairs:
+        teacher.get_submodule(name).register_forward_pre_hook(measure(name))            # of the copy, which ends here
+    for images in batches if pairs else ():
+        teacher(images)
+    for name, of_channel in r.items():
+        layer, norm = student.get_submodule(name), student.get_submodule(pairs[name])
+        of_all = torch.maximum(-layer.input_quantizer.min_val, layer.input_quantizer.max_val)           # (1,)
+        s = (of_all / of_channel.clamp(min=1e-12)).clamp(1 / 8, 8)
+        norm.weight.mul_(s)
+        norm.bias.mul_(s)
+        s = s.repeat_interleave(len(layer.weight) // len(s))                            # one an output channel
+        layer.weight.div_(s[:, None, None, None])
+        layer.weight_scale.div_(s)
+    return student
+
+
 @torch.no_grad()
 def correct_batch_norm(student, teacher, batches):
     """Make the student's batch norms expect what quantization makes of their inputs.
@@ -386,7 +453,7 @@ def compensate_rounding(student, teacher, batches, prior=100, damping=0.3, place
     `numbers` numbers as output of one layer (a gigabyte, of which a few are needed; 334 images of 224 x 224 pixels for a
     ResNet-18). As they pass, the layers are seen to in turn, each by what the layers before it, seen to, make of the images.
     At some `places` places, with x, (n,), a layer's input in the student (quantized, unless the student observes), y its
-    output in the teacher, without bias, and W its weight there, H = sum of x x^T, and r `prior` times the mean of |x|^2, so
+    output in the teacher, without bias, and W its weight, H = sum of x x^T, and r `prior` times the mean of |x|^2, so
     that W counts as much, in every direction, as `prior` places that lie in it, the weights that fit are
         W + (sum of (y - W x) x^T) (H + r I)^-1
     Then the weights of an output channel are rounded one after the other, and those not yet rounded take up what that did,
@@ -434,7 +501,7 @@ def compensate_rounding(student, teacher, batches, prior=100, damping=0.3, place
                 x = x.reshape(1, -1, x.shape[-1]).mT[:, :, ::skip ** 2]
             y, size = y.to(x), x.square().sum(1).mean(1)                                # mean |x|^2, (groups,)
             if (size.sum() + y.square().sum()).isfinite():                              # else the images are NaN
-                w = weight.flatten(1).unflatten(0, (len(x), -1))                        # (groups, O / groups, n)
+                w = layer.weight.flatten(1).unflatten(0, (len(x), -1))                  # (groups, O / groups, n)
                 layer.weight.copy_(compensated(layer, w, x, y, prior * size, damping, block).view(weight.shape))
         return hook
     for layer, original in originals.items():
