@@ -318,11 +318,13 @@ def freeze(model):
 def feeding_batch_norms(model):
     """{depthwise convolution: batch norm}, by name, of each pair with nothing but ReLU, ReLU6 and padding with zeros between,
     where nothing else uses what runs between, nor the parameters. Empty if torch.fx cannot trace the model's forward."""
+    modules, pairs = dict(model.named_modules()), {}
+    depthwise = {name for name, layer in modules.items()
+                 if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1}
     try:
-        graph = fx.symbolic_trace(model).graph
+        graph = fx.symbolic_trace(copy_without_hooks(model)).graph if depthwise else fx.Graph()  # a forward may keep what it sees
     except Exception:  # which values decide, say
         return {}
-    modules, pairs = dict(model.named_modules()), {}
     runs = Counter(node.target for node in graph.nodes if node.op == "call_module")
     owners = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
 
@@ -332,9 +334,8 @@ def feeding_batch_norms(model):
                 or node.target in (F.relu, F.relu6, torch.relu)
                 or node.target is F.pad and node.kwargs.get("mode", "constant") == "constant" and not node.kwargs.get("value"))
     for node in graph.nodes:
-        layer = modules.get(node.target) if node.op == "call_module" else None
-        if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1:
-            source = node.all_input_nodes[0]
+        if node.op == "call_module" and node.target in depthwise:
+            layer, source = modules[node.target], node.all_input_nodes[0]
             while passes(source) and len(source.users) == 1:
                 source = source.all_input_nodes[0]
             norm = modules.get(source.target) if source.op == "call_module" else None
