@@ -13,9 +13,9 @@ Result (README): ResNet-20 on CIFAR-10, 2-bit weights and 4-bit activations, 400
 
 The algorithm, as numbered in quantize():
  1. Once, after the generator's warm-up, by its images: the ranges of Q's activations, of which each channel of a depthwise
-    convolution's input is made to use all; then, with half of the images mirrored, magnified and shifted at random, what
-    rounded weights do to the mean and the spread of each channel, for which Q's batch norms are corrected; and, layer
-    after layer, Q's weights, moved so that they make up for rounding errors, with the batch norms corrected once more.
+    or 1 x 1 convolution's input is made to use more; then, with half of the images mirrored, magnified and shifted at
+    random, what rounded weights do to the mean and the spread of each channel, for which Q's batch norms are corrected; and,
+    layer after layer, Q's weights, moved so that they make up for rounding errors, with the batch norms corrected once more.
  2. Draw noise z and labels y, and images x = G(z, y) from them.
  3. Generator step on L_G = L_AMA + a L_BNS, through the frozen P; G learns alone at first.
  4. Student step on the same images, half of them transformed as in 1: L_Q = c CE(Q(x), y) + L_DKD, CE only where P sees y
@@ -57,7 +57,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision import datasets, models, transforms, utils
 
-from quant import (compensate_rounding, copy_without_hooks, correct_batch_norm, equalize_depthwise, freeze, observe, pack,
+from quant import (compensate_rounding, copy_without_hooks, correct_batch_norm, equalize_channels, freeze, observe, pack,
                    quantize_model, unpack)
 
 try:
@@ -364,7 +364,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
              generator_optimizer=generator_optimizer, student_optimizer=student_optimizer) as run:
         def calibrate():
             """Step 1. Once, after the generator's warm-up, by its images: activation ranges, after which plain quantization is
-            measured; how large each channel of a depthwise input is; and, half of the images transformed, what rounding did: to
+            measured; how large each channel of some inputs is; and, half of the images transformed, what rounding did: to
             each channel's mean and spread, and to each layer's output."""
             observe(student)
             with torch.no_grad():
@@ -375,7 +375,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
             freeze(student)
             run.measure("ptq")
             print("\nmaking up for rounding errors, layer after layer, before the student learns", flush=True)
-            equalize_depthwise(student, teacher, batches)
+            equalize_channels(student, teacher, batches)
             batches = [half_transformed(images) for images in batches]
             correct_batch_norm(observe(student), teacher, batches)  # activations in float; their ranges go on moving
             compensate_rounding(freeze(student), teacher, batches)  # and quantized; it corrects batch norms too

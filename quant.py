@@ -3,7 +3,7 @@
 
     student = quantize_model(model, w_bits=4, a_bits=4)   # a copy; `model` stays as it is
     observe(student); student(images)                     # learn the activation ranges
-    equalize_depthwise(student, model, [images])          # use the range of a depthwise input evenly
+    equalize_channels(student, model, [images])           # let each channel use more of its layer's range
     correct_batch_norm(student, model, [images])          # undo what rounded weights do to each channel's mean and spread
     freeze(student)                                       # fix the ranges; from here on the student is quantized and trains
     compensate_rounding(student, model, [images])         # let weights make up for rounding errors, of activations too
@@ -29,7 +29,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 __all__ = ["calculate_qparams", "quantize_tensor", "fake_quantize", "QuantConv2d", "QuantLinear", "quantize_model",
-           "observe", "freeze", "equalize_depthwise", "correct_batch_norm", "compensate_rounding", "pack", "unpack"]
+           "observe", "freeze", "equalize_channels", "correct_batch_norm", "compensate_rounding", "pack", "unpack"]
 
 
 # ------------------------------------------------------------------------------------------------ the maths
@@ -227,6 +227,12 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
         return super().train(False)
 
 
+def set_grid(layer):
+    """Give a layer's weight the grid of its calculate_range, for each output channel."""
+    low, high = calculate_range(layer.weight.detach().flatten(1), layer.w_bits, layer.symmetric)
+    layer.weight_scale, layer.weight_zero_point, *_ = calculate_qparams(low, high, layer.w_bits, layer.symmetric)
+
+
 def weight_qparams(layer):
     """(scale, zero_point, quant_min, quant_max) of a layer's weight, the first two (C,), one for each output channel."""
     return layer.weight_scale, layer.weight_zero_point, *quant_bounds(layer.w_bits, layer.symmetric)
@@ -287,10 +293,9 @@ def quantize_model(model, w_bits, a_bits, symmetric=False, input_bits=8, input_r
             # The class changes in place, so every place that holds the layer, and every shared weight, stays shared.
             module.__class__ = quantized
             module.w_bits, module.symmetric = w_bits, symmetric
-            low, high = calculate_range(module.weight.detach().flatten(1), w_bits, symmetric)
-            scale, zero_point, *_ = calculate_qparams(low, high, w_bits, symmetric)
-            module.register_buffer("weight_scale", scale)
-            module.register_buffer("weight_zero_point", zero_point)
+            module.register_buffer("weight_scale", None)
+            module.register_buffer("weight_zero_point", None)
+            set_grid(module)
             module.input_quantizer = InputQuantizer(a_bits, symmetric, input_bits, input_range,
                                                     student.calls_so_far).to(module.weight.device)
     student.register_forward_pre_hook(_start_forward)
@@ -316,13 +321,14 @@ def freeze(model):
 
 
 def feeding_batch_norms(model):
-    """{depthwise convolution: batch norm}, by name, of each pair with nothing but ReLU, ReLU6 and padding with zeros between,
-    where nothing else uses what runs between, nor the parameters. Empty if torch.fx cannot trace the model's forward."""
+    """{depthwise or 1 x 1 convolution: batch norm}, by name, of each pair with nothing but ReLU, ReLU6 and padding with zeros
+    between, where nothing else uses what runs between, nor the parameters. Empty if torch.fx cannot trace the model's forward."""
     modules, pairs = dict(model.named_modules()), {}
-    depthwise = {name for name, layer in modules.items()
-                 if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1}
+    convolutions = {name for name, layer in modules.items() if isinstance(layer, nn.Conv2d)
+                    and (layer.groups == layer.in_channels > 1 or layer.kernel_size == (1, 1))}
     try:
-        graph = fx.symbolic_trace(copy_without_hooks(model)).graph if depthwise else fx.Graph()  # a forward may keep what it sees
+        # of a copy, since a forward may keep what it sees
+        graph = fx.symbolic_trace(copy_without_hooks(model)).graph if convolutions else fx.Graph()
     except Exception:  # which values decide, say
         return {}
     runs = Counter(node.target for node in graph.nodes if node.op == "call_module")
@@ -334,7 +340,7 @@ def feeding_batch_norms(model):
                 or node.target in (F.relu, F.relu6, torch.relu)
                 or node.target is F.pad and node.kwargs.get("mode", "constant") == "constant" and not node.kwargs.get("value"))
     for node in graph.nodes:
-        if node.op == "call_module" and node.target in depthwise:
+        if node.op == "call_module" and node.target in convolutions:
             layer, source = modules[node.target], node.all_input_nodes[0]
             while passes(source) and len(source.users) == 1:
                 source = source.all_input_nodes[0]
@@ -346,16 +352,19 @@ def feeding_batch_norms(model):
 
 
 @torch.no_grad()
-def equalize_depthwise(student, teacher, batches):
-    """Give each channel of a depthwise convolution's input the resolution that it would have with a range of its own.
+def equalize_channels(student, teacher, batches):
+    """Let each channel of a depthwise or 1 x 1 convolution's input use more of the range that all of them share.
 
-    One range, of largest magnitude R, serves all channels of the input, and many use a part of it only. Where a batch norm
-    feeds the convolution (feeding_batch_norms), the student's weight and bias there are multiplied by s = R / r, channel by
-    channel, with r the largest magnitude of the channel's own calculate_range (mean over the batches), s within 1/8 to 8, and
-    the convolution's weight and its scale divided by s. ReLU passes the factor on; what ReLU6 clips beyond r, a range of the
-    channel's own would have clipped. batches: images, (B, C, H, W) each. The student has observed its ranges, which stay,
-    and not trained. Returns the student.
-    Source: cross-layer equalization, Nagel et al., arXiv 1906.04721, section 4.1, where the ranges are those of weights.
+    Of one range, of largest magnitude R, most channels use a part. Where a batch norm feeds the convolution
+    (feeding_batch_norms), the student's weight and bias there are multiplied by s, channel by channel, and what of the
+    convolution's weight meets that channel is divided by s and gets a new grid. With r the largest magnitude of the channel's own
+    calculate_range (mean over the batches), s is R / r, within 1/8 to 8, for a depthwise convolution, whose weight has a
+    scale for each channel and loses nothing; for others, whose weight's channels share a scale too, it is the root of that,
+    which leaves half of the unevenness to either. ReLU passes s on; what ReLU6 clips beyond r, a range of the channel's own
+    would have clipped. batches: images, (B, C, H, W) each. The student has observed its ranges, which stay, and not trained.
+    Returns the student.
+    Source: cross-layer equalization, Nagel et al., arXiv 1906.04721, section 4.1, of the ranges of weights; the root is that of
+    SmoothQuant, Xiao et al., arXiv 2211.10438, equation 4 with alpha = 1/2, without the weights' own sizes.
     """
     teacher, r = copy_without_hooks(teacher).eval(), {}
     pairs = feeding_batch_norms(teacher)
@@ -372,13 +381,13 @@ def equalize_depthwise(student, teacher, batches):
         teacher(images)
     for name, of_channel in r.items():
         layer, norm = student.get_submodule(name), student.get_submodule(pairs[name])
+        O, of_group = layer.weight.shape[:2]                                            # channels: outputs, inputs of a group
         of_all = torch.maximum(-layer.input_quantizer.min_val, layer.input_quantizer.max_val)           # (1,)
-        s = (of_all / of_channel.clamp(min=1e-12)).clamp(1 / 8, 8)
+        s = (of_all / of_channel.clamp(min=1e-12)).clamp(1 / 8, 8) ** (1 if of_group == 1 else 0.5)     # (C,)
         norm.weight.mul_(s)
         norm.bias.mul_(s)
-        s = s.repeat_interleave(len(layer.weight) // len(s))                            # one an output channel
-        layer.weight.div_(s[:, None, None, None])
-        layer.weight_scale.div_(s)
+        layer.weight.div_(s.view(-1, of_group).repeat_interleave(O * of_group // len(s), 0)[:, :, None, None])
+        set_grid(layer)
     return student
 
 
