@@ -127,7 +127,9 @@ class InputQuantizer(nn.Module):
     """Quantizer of one layer's input, with one range for each time that the layer runs in a forward pass: returns the input
     in steps of its grid, and the step.
 
-    Buffers min_val, max_val: (calls,), empty until images were observed; scale, zero_point: (calls,), empty until `freeze`.
+    Buffers min_val, max_val: (calls,), empty until images were observed; scale, zero_point: (calls,), empty until `freeze`;
+    factor: (C,), what each channel is multiplied by beforehand and the layer's weight divided by, empty where by nothing: see
+    equalize_channels. Range and scale are then those of the product.
     `calls_so_far` is one Counter for the whole model, emptied when a forward pass starts: it tells which run of the layer this
     one is, and whether the layer is the first of the network, whose input has `input_bits` instead of `bits`, as has any
     layer's that takes the images themselves. These have `input_range` too, but for a first layer that sees something else
@@ -140,7 +142,8 @@ class InputQuantizer(nn.Module):
         self.calls_so_far = calls_so_far
         self.observing = False
         self.bits = []  # one a call
-        for name in ("min_val", "max_val", "scale"):
+        self.limit = float("inf")  # while observing, of the magnitude of products with the factor
+        for name in ("min_val", "max_val", "scale", "factor"):
             self.register_buffer(name, torch.empty(0))
         self.register_buffer("zero_point", torch.empty(0, dtype=torch.int32))
 
@@ -153,13 +156,16 @@ class InputQuantizer(nn.Module):
         if self.observing:
             if self.input_range is not None and first and not images:  # padded images, or normalised ones?
                 images = x.amax() - x.amin() > (self.input_range[1] - self.input_range[0]) / 2
+            if self.factor.numel():
+                x = (x * broadcast_along(self.factor, x, 1)).clamp(-self.limit, self.limit)
             self.observe(x.detach(), call, bits, self.input_range if images else None)
             return x, x.new_ones(())
         if not self.bits:
             raise RuntimeError("no activation range: call observe(model), run images through it, then freeze(model)")
         call %= len(self.bits)
         quant_min, quant_max = quant_bounds(self.bits[call], self.symmetric)
-        return quantize_tensor(x, self.scale[call], self.zero_point[call], quant_min, quant_max), self.scale[call]
+        scale, axis = (self.scale[call] / self.factor, 1) if self.factor.numel() else (self.scale[call], None)
+        return quantize_tensor(x, scale, self.zero_point[call], quant_min, quant_max, axis), self.scale[call]
 
     def observe(self, x, call, bits, at_least):
         """Moving average, momentum 0.1, of each batch's calculate_range, widened to `at_least`."""
@@ -227,9 +233,20 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
         return super().train(False)
 
 
+def weight_factor(layer):
+    """What a layer's weight is divided by before it is quantized: its input's factor, as it meets the channels of each group, in
+    a shape that broadcasts with the weight."""
+    factor, (O, of_group) = layer.input_quantizer.factor, layer.weight.shape[:2]
+    if not factor.numel():
+        return 1.0
+    groups = len(factor) // of_group
+    return factor.view(groups, of_group).repeat_interleave(O // groups, 0)[:, :, None, None]
+
+
 def set_grid(layer):
     """Give a layer's weight the grid of its calculate_range, for each output channel."""
-    low, high = calculate_range(layer.weight.detach().flatten(1), layer.w_bits, layer.symmetric)
+    weight = layer.weight.detach() / weight_factor(layer)
+    low, high = calculate_range(weight.flatten(1), layer.w_bits, layer.symmetric)
     layer.weight_scale, layer.weight_zero_point, *_ = calculate_qparams(low, high, layer.w_bits, layer.symmetric)
 
 
@@ -240,7 +257,9 @@ def weight_qparams(layer):
 
 def integer_weight(layer):
     """A layer's weight in steps of its grid, whole numbers as float32."""
-    return quantize_tensor(layer.weight, *weight_qparams(layer), axis=0)
+    scale, zero_point, *bounds = weight_qparams(layer)
+    scale = broadcast_along(scale, layer.weight, 0) * weight_factor(layer)
+    return quantize_tensor(layer.weight, scale, broadcast_along(zero_point, layer.weight, 0), *bounds)
 
 
 # ------------------------------------------------------------------------------------------------ whole models
@@ -295,9 +314,9 @@ def quantize_model(model, w_bits, a_bits, symmetric=False, input_bits=8, input_r
             module.w_bits, module.symmetric = w_bits, symmetric
             module.register_buffer("weight_scale", None)
             module.register_buffer("weight_zero_point", None)
-            set_grid(module)
             module.input_quantizer = InputQuantizer(a_bits, symmetric, input_bits, input_range,
                                                     student.calls_so_far).to(module.weight.device)
+            set_grid(module)
     student.register_forward_pre_hook(_start_forward)
     return student
 
@@ -356,17 +375,18 @@ def equalize_channels(student, teacher, batches):
     """Let each channel of a depthwise or 1 x 1 convolution's input use more of the range that all of them share.
 
     Of one range, of largest magnitude R, most channels use a part. Where a batch norm feeds the convolution
-    (feeding_batch_norms), the student's weight and bias there are multiplied by s, channel by channel, and what of the
-    convolution's weight meets that channel is divided by s and gets a new grid. With r the largest magnitude of the channel's own
-    calculate_range (mean over the batches), s is R / r, within 1/8 to 8, for a depthwise convolution, whose weight has a
-    scale for each channel and loses nothing; for others, whose weight's channels share a scale too, it is the root of that,
-    which leaves half of the unevenness to either. ReLU passes s on; what ReLU6 clips beyond r, a range of the channel's own
-    would have clipped. batches: images, (B, C, H, W) each. The student has observed its ranges, which stay, and not trained.
-    Returns the student.
+    (feeding_batch_norms), the student's quantizer there multiplies each channel by s, and what of the weight meets it is divided
+    by s, and gets a new grid. Integer hardware has s in the batch norm's weight and bias, since ReLU passes it on, and what
+    ReLU6 would then clip, the range clips; the student keeps them apart, so that it learns as it would without s. While ranges
+    are observed, no product is larger than the largest value without s. With r the
+    largest magnitude of the channel's own calculate_range (mean over the batches), s is R / r, within 1/8 to 8, for a depthwise
+    convolution, whose weight has a scale for each channel and loses nothing; for others, whose weight's channels share a scale
+    too, it is the root of that, which leaves half of the unevenness to either. batches: images, (B, C, H, W) each. The student
+    has observed its ranges, which stay, and not trained. Returns the student.
     Source: cross-layer equalization, Nagel et al., arXiv 1906.04721, section 4.1, of the ranges of weights; the root is that of
     SmoothQuant, Xiao et al., arXiv 2211.10438, equation 4 with alpha = 1/2, without the weights' own sizes.
     """
-    teacher, r = copy_without_hooks(teacher).eval(), {}
+    teacher, r, largest = copy_without_hooks(teacher).eval(), {}, {}
     pairs = feeding_batch_norms(teacher)
 
     def measure(name):
@@ -374,19 +394,18 @@ def equalize_channels(student, teacher, batches):
             quantizer = student.get_submodule(name).input_quantizer
             low, high = calculate_range(args[0].transpose(0, 1).flatten(1), quantizer.default_bits, quantizer.symmetric)
             r[name] = r.get(name, 0) + torch.maximum(-low, high) / len(batches)         # (C,)
+            largest[name] = max(largest.get(name, 0), args[0].abs().amax().item())
         return hook
     for name in pairs:
         teacher.get_submodule(name).register_forward_pre_hook(measure(name))            # of the copy, which ends here
     for images in batches if pairs else ():
         teacher(images)
     for name, of_channel in r.items():
-        layer, norm = student.get_submodule(name), student.get_submodule(pairs[name])
-        O, of_group = layer.weight.shape[:2]                                            # channels: outputs, inputs of a group
+        layer = student.get_submodule(name)
         of_all = torch.maximum(-layer.input_quantizer.min_val, layer.input_quantizer.max_val)           # (1,)
-        s = (of_all / of_channel.clamp(min=1e-12)).clamp(1 / 8, 8) ** (1 if of_group == 1 else 0.5)     # (C,)
-        norm.weight.mul_(s)
-        norm.bias.mul_(s)
-        layer.weight.div_(s.view(-1, of_group).repeat_interleave(O * of_group // len(s), 0)[:, :, None, None])
+        s = (of_all / of_channel.clamp(min=1e-12)).clamp(1 / 8, 8)                      # (C,)
+        layer.input_quantizer.factor = s if layer.weight.shape[1] == 1 else s.sqrt()
+        layer.input_quantizer.limit = largest[name]
         set_grid(layer)
     return student
 
@@ -511,8 +530,9 @@ def compensate_rounding(student, teacher, batches, prior=100, damping=0.3, place
                 x = x.reshape(1, -1, x.shape[-1]).mT[:, :, ::skip ** 2]
             y, size = y.to(x), x.square().sum(1).mean(1)                                # mean |x|^2, (groups,)
             if (size.sum() + y.square().sum()).isfinite():                              # else the images are NaN
-                w = layer.weight.flatten(1).unflatten(0, (len(x), -1))                  # (groups, O / groups, n)
-                layer.weight.copy_(compensated(layer, w, x, y, prior * size, damping, block).view(weight.shape))
+                factor = weight_factor(layer)
+                w = (layer.weight / factor).flatten(1).unflatten(0, (len(x), -1))       # (groups, O / groups, n)
+                layer.weight.copy_(compensated(layer, w, x, y, prior * size, damping, block).view(weight.shape) * factor)
         return hook
     for layer, original in originals.items():
         hooks.append(original.register_forward_hook(keep))
@@ -573,9 +593,10 @@ def pack(model):
     """The quantized model as integers: a dict of tensors, numbers and strings for torch.save (weights_only=True).
 
     "layers": for each layer its weight's codes (w_bits each, eight codes in w_bits bytes), shape, bits, scale (C,) and
-    zero_point (C,), and its input's bits, scale and zero_point (calls,). "rest": everything else, in float, also a layer
-    that never ran itself (an auxiliary head, one of which only the weight is used), as it is not quantized then. Raises
-    RuntimeError if no layer has an activation range, or one that was observed and not fixed: see observe, freeze.
+    zero_point (C,), and its input's bits, scale and zero_point (calls,) and factor, of each channel or none. "rest": everything
+    else, in float, also a layer that never ran itself (an auxiliary head, one of which only the weight is used), as it is not
+    quantized then. Raises RuntimeError if no layer has an activation range, or one that was observed and not fixed: see
+    observe, freeze.
     """
     quantizers = input_quantizers(model).values()
     if not any(q.bits for q in quantizers) or any(len(q.bits) != len(q.scale) for q in quantizers):
@@ -592,6 +613,7 @@ def pack(model):
                 "codes": pack_bits(codes - quant_min, layer.w_bits).cpu(), "shape": list(layer.weight.shape),
                 "bits": layer.w_bits, "symmetric": layer.symmetric, "scale": scale.cpu().clone(),
                 "zero_point": (zero_point - quant_min).to(torch.uint8).cpu(), "input_bits": list(quantizer.bits),
+                "input_factor": quantizer.factor.cpu().clone(),
                 "input_scale": quantizer.scale.cpu().clone(), "input_zero_point": quantizer.zero_point.cpu().clone()}
     return {"layers": layers,
             "rest": {key: value.detach().cpu().clone() for key, value in float_entries(model, layers).items()}}
@@ -619,10 +641,11 @@ def unpack(packed, model):
             quant_min, _ = quant_bounds(layer.w_bits, layer.symmetric)
             codes = unpack_bits(data["codes"], layer.w_bits, layer.weight.numel()).view(data["shape"])
             steps = codes - broadcast_along(data["zero_point"], codes, 0)
-            layer.weight.copy_(steps * broadcast_along(data["scale"], codes, 0))
+            quantizer = layer.input_quantizer
+            quantizer.factor = data.get("input_factor", torch.empty(0)).to(device)  # older files have none
+            layer.weight.copy_((steps * broadcast_along(data["scale"], codes, 0)).to(device) * weight_factor(layer))
             layer.weight_scale = data["scale"].to(device)
             layer.weight_zero_point = (data["zero_point"].to(torch.int32) + quant_min).to(device)
-            quantizer = layer.input_quantizer
             quantizer.bits, quantizer.symmetric = list(data["input_bits"]), layer.symmetric
             quantizer.scale, quantizer.zero_point = data["input_scale"].to(device), data["input_zero_point"].to(device)
     return student
