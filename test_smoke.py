@@ -971,7 +971,8 @@ def test_quantize_leaves_the_teacher_as_it_is(teacher, script):
 def test_weights_are_moved_before_the_student_learns(teacher, script, monkeypatch):
     options = dict(iterations=2, warmup=0.5, student_lr=0.0, norm_lr=0.0)
     moved, _ = script.quantize(teacher, **SMALL, **options)
-    assert not torch.equal(moved.stem.weight, teacher.stem.weight) and not torch.equal(moved.bn.weight, teacher.bn.weight)
+    assert not torch.equal(moved.stem.weight, teacher.stem.weight) and torch.equal(moved.bn.weight, teacher.bn.weight)
+    assert moved.depthwise.input_quantizer.factor.numel() == 8                         # equalized too
     monkeypatch.setattr(script, "compensate_rounding", lambda student, teacher, batches: student)
     assert torch.equal(script.quantize(teacher, **SMALL, **options)[0].stem.weight, teacher.stem.weight)
 
