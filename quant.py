@@ -236,11 +236,11 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
 def weight_factor(layer):
     """What a layer's weight is divided by before it is quantized: its input's factor, as it meets the channels of each group, in
     a shape that broadcasts with the weight."""
-    factor, (O, of_group) = layer.input_quantizer.factor, layer.weight.shape[:2]
+    factor = layer.input_quantizer.factor
     if not factor.numel():
         return 1.0
-    groups = len(factor) // of_group
-    return factor.view(groups, of_group).repeat_interleave(O // groups, 0)[:, :, None, None]
+    O, groups = len(layer.weight), layer.groups
+    return factor.view(groups, 1, -1).expand(-1, O // groups, -1).reshape(O, -1, 1, 1)
 
 
 def set_grid(layer):
