@@ -376,13 +376,12 @@ def equalize_channels(student, teacher, batches):
 
     Of one range, of largest magnitude R, most channels use a part. Where a batch norm feeds the convolution
     (feeding_batch_norms), the student's quantizer there multiplies each channel by s, and what of the weight meets it is
-    divided by s, and gets a new grid. Integer hardware has s in the batch norm's weight and bias, since ReLU passes it on, and
-    what ReLU6 would then clip, the range clips; the student keeps them apart, so that it learns as it would without s. While
-    it observes, no product passes the largest value without s. With r the largest magnitude of the channel's own
-    calculate_range (mean over the batches), s is R / r, within 1 to 8, for a depthwise convolution, whose weight has a scale
-    for each channel and loses nothing; for others, whose weight's channels share a scale too, it is the root of that, which
-    leaves half of the unevenness to either. batches: images, (B, C, H, W) each. The student has observed its ranges and not
-    trained. Returns the student.
+    divided by s, and gets a new grid. Integer hardware has s in the batch norm's weight and bias, and in the bound of a ReLU6;
+    the student keeps them apart, so that it learns as it would without s. While it observes, no product passes the largest
+    value without s. With r the largest magnitude of the channel's own calculate_range (mean over the batches), s is R / r,
+    within 1/8 to 8, for a depthwise convolution, whose weight has a scale for each channel and loses nothing; for others,
+    whose weight's channels share a scale too, it is the root of that, which leaves half of the unevenness to either. batches:
+    images, (B, C, H, W) each. The student has observed its ranges and not trained. Returns the student.
     Source: cross-layer equalization, Nagel et al., arXiv 1906.04721, section 4.1, of the ranges of weights; the root is that of
     SmoothQuant, Xiao et al., arXiv 2211.10438, equation 4 with alpha = 1/2, without the weights' own sizes.
     """
@@ -403,7 +402,7 @@ def equalize_channels(student, teacher, batches):
     for name, of_channel in r.items():
         layer = student.get_submodule(name)
         of_all = torch.maximum(-layer.input_quantizer.min_val, layer.input_quantizer.max_val)           # (1,)
-        s = (of_all / of_channel.clamp(min=1e-12)).clamp(1, 8)                          # (C,)
+        s = (of_all / of_channel.clamp(min=1e-12)).clamp(1 / 8, 8)                      # (C,)
         layer.input_quantizer.factor = s if layer.weight.shape[1] == 1 else s.sqrt()
         layer.input_quantizer.limit = largest[name]
         set_grid(layer)
