@@ -247,7 +247,9 @@ def set_grid(layer):
     """Give a layer's weight the grid of its calculate_range, for each output channel."""
     weight = layer.weight.detach() / weight_factor(layer)
     low, high = calculate_range(weight.flatten(1), layer.w_bits, layer.symmetric)
-    layer.weight_scale, layer.weight_zero_point, *_ = calculate_qparams(low, high, layer.w_bits, layer.symmetric)
+    scale, zero_point, *_ = calculate_qparams(low, high, layer.w_bits, layer.symmetric)
+    layer.register_buffer("weight_scale", scale)
+    layer.register_buffer("weight_zero_point", zero_point)
 
 
 def weight_qparams(layer):
@@ -258,8 +260,10 @@ def weight_qparams(layer):
 def integer_weight(layer):
     """A layer's weight in steps of its grid, whole numbers as float32."""
     scale, zero_point, *bounds = weight_qparams(layer)
-    scale = broadcast_along(scale, layer.weight, 0) * weight_factor(layer)
-    return quantize_tensor(layer.weight, scale, broadcast_along(zero_point, layer.weight, 0), *bounds)
+    scale, zero_point = (broadcast_along(values, layer.weight, 0) for values in (scale, zero_point))
+    if layer.input_quantizer.factor.numel():  # this runs in each forward pass
+        scale = scale * weight_factor(layer)
+    return quantize_tensor(layer.weight, scale, zero_point, *bounds)
 
 
 # ------------------------------------------------------------------------------------------------ whole models
@@ -312,8 +316,6 @@ def quantize_model(model, w_bits, a_bits, symmetric=False, input_bits=8, input_r
             # The class changes in place, so every place that holds the layer, and every shared weight, stays shared.
             module.__class__ = quantized
             module.w_bits, module.symmetric = w_bits, symmetric
-            module.register_buffer("weight_scale", None)
-            module.register_buffer("weight_zero_point", None)
             module.input_quantizer = InputQuantizer(a_bits, symmetric, input_bits, input_range,
                                                     student.calls_so_far).to(module.weight.device)
             set_grid(module)

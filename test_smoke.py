@@ -329,10 +329,15 @@ def test_channels_share_the_range_of_an_input_more_evenly():
     plain, student = (quant.observe(quant.quantize_model(teacher, 8, 3, input_range=(-4, 4))) for _ in range(2))
     with torch.no_grad():
         plain(images), student(images)
+        seen = []
+        handle = student.spread.register_forward_hook(lambda layer, args, y: seen.append(y))
         before, of_teacher, codes = student(images), state_bytes(teacher), quant.integer_weight(student.spread)
         assert quant.equalize_channels(student, teacher, [images]) is student
-        assert torch.allclose(student(images), before, atol=2e-3)                       # in float the same network
-        assert torch.equal(quant.integer_weight(student.spread), codes)                 # which has a scale a channel
+        assert torch.allclose(student(images), before, atol=2e-3)                       # the grid of `grouped` is another
+        assert torch.allclose(*seen, atol=1e-5)                                         # that of `spread` is, for each channel,
+        assert torch.equal(quant.integer_weight(student.spread), codes)                 # the same: in float the same network
+        assert all(torch.equal(getattr(student, name).weight, getattr(teacher, name).weight) for name in ("bn1", "bn2", "bn3", "bn4"))
+        handle.remove()
         for name, norm, low, high in (("spread", "bn1", 0, 0.4), ("grouped", "bn4", 0.4, 0.6)):  # what is left of the unevenness
             size = teacher.get_submodule(norm).weight
             left = size * student.get_submodule(name).input_quantizer.factor
