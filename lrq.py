@@ -326,11 +326,12 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
 
     teacher: any nn.Module, (B, C, S, S) -> (B, num_classes), with BatchNorm2d; it is left as it is. image_size: S, a
     multiple of 4, 8 at least. w_bits, a_bits: 2 to 8. mean, std: the teacher's normalisation, one number a channel, of pixels in
-    [0, 1]. evaluate: a function of a model, on `device`, that returns its top-1 in percent, or None. out: a folder for
-    result.json, student.pt, checkpoint.pt, samples.png and log.csv, or None. classifier: the name of the teacher's last
-    layer, found by itself if None. resume: go on from the checkpoint in `out`. about: further settings to record in the files.
-    The rest are the flags of the same names (`python lrq.py --help`). The student is in evaluation mode, ready to use
-    or to train on; `quant.pack` gives its integers. The result is the dict that result.json holds.
+    [0, 1]. evaluate: a function of a model, on `device`, that returns its top-1 in percent, or a dict of numbers that has it as
+    "top1", all of which the result will have; or None. out: a folder for result.json, student.pt, checkpoint.pt, samples.png and
+    log.csv, or None. classifier: the name of the teacher's last layer, found by itself if None. resume: go on from the checkpoint
+    in `out`. about: further settings to record in the files. The rest are the flags of the same names (`python lrq.py --help`).
+    The student is in evaluation mode, ready to use or to train on; `quant.pack` gives its integers. The result is the dict that
+    result.json holds.
     Raises BadInput, a ValueError, for settings or a teacher that cannot be used, before any long work (and quantize_model's
     TypeError). It seeds torch's random numbers and sets cuDNN's flags.
     """
@@ -772,19 +773,24 @@ def pixel_range(mean, std):
 
 
 @torch.no_grad()
-def top1(model, batches, device):
-    """Share of the images whose label is the model's first choice, in percent. batches: a DataLoader; says how fast it is."""
-    correct, count = torch.zeros((), dtype=torch.long, device=device), 0
+def figures_on(batches, model, teacher, device):
+    """A model's figures on labelled images. "top1": how often its first choice is the label, in percent. "real_agreement": how
+    often it is the teacher's. "divergence": mean KL(P || Q) from the teacher. batches: a DataLoader; says how fast it is."""
+    sums, count = torch.zeros(3, device=device), 0
     progress = Progress("evaluation", len(batches.dataset), unit="images")
     try:
         for images, labels in batches:
-            prediction = model(images.to(device, non_blocking=True)).argmax(1)
-            correct += (prediction == labels.to(device, non_blocking=True)).sum()
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            logits = model(images)
+            expected = logits if teacher is None else teacher(images)
+            sums += torch.stack([(logits.argmax(1) == labels).sum(), (logits.argmax(1) == expected.argmax(1)).sum(),
+                                 kd_loss(logits, expected, 1) * len(labels)])
             count += len(labels)
             progress(count, {})
     except BadInput as error:
         raise BadInput(str(error).strip().split("BadInput: ")[-1]) from None  # without a loader worker's traceback
-    return 100 * correct.item() / count
+    right, same, divergence = sums.tolist()
+    return {"top1": 100 * right / count, "real_agreement": 100 * same / count, "divergence": divergence / count}
 
 
 def first_line(error):
@@ -1018,15 +1024,17 @@ class Run:
             raise KeyboardInterrupt(f"stopped after iteration {step} of {iterations}; {where}")
 
     def measure(self, name):
-        """figures, in percent: NAME_top1, if there is a way to measure it; and, of a student, on fresh synthetic images, how often
-        its first choice is the teacher's, and the teacher's the label. Leaves the random numbers as they are."""
+        """figures: those of `evaluate`, NAME_top1 and so on; and, of a student, on fresh synthetic images, how often its first
+        choice is the teacher's, and the teacher's the label, in percent. Leaves the random numbers as they are."""
         begun, model = time.monotonic(), self.teacher if name == "fp" else self.student
         if self.evaluate is not None:
             with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                 measured = python_values(self.evaluate(model))
-            if not isinstance(measured, (int, float)) or not 0 <= measured <= 100:
-                raise BadInput(f"evaluate returns {measured!r}: it has to return a model's top-1 in percent, 0 to 100")
-            self.figures[f"{name}_top1"] = float(measured)
+            figures = measured if isinstance(measured, dict) else {"top1": measured}
+            if not all(isinstance(v, (int, float)) for v in figures.values()) or not 0 <= figures.get("top1", -1) <= 100:
+                raise BadInput(f"evaluate returns {measured!r}: it has to return a model's top-1 in percent, 0 to 100, or a dict of "
+                               "numbers that has it as top1")
+            self.figures.update({f"{name}_{key}": float(value) for key, value in figures.items()})
             model.eval()  # whatever mode `evaluate` leaves it in
         if name != "fp":
             with torch.no_grad():
@@ -1138,7 +1146,9 @@ class Run:
         plain, smaller = f"plain {w}-bit" if w == a else f"plain W{w}A{a}", f"{fp_mb / q_mb:.1f}x smaller"
         if self.evaluate is not None:
             middle = f"{plain} {result['ptq_top1']:.1f} %  " if "ptq_top1" in result else ""  # if images came with --resume
-            print(f"full precision {result['fp_top1']:.1f} %  {middle}{METHOD} {result['q_top1']:.1f} %  {smaller}")
+            nearness = (f" (agreement {result['q_real_agreement']:.1f} %, divergence {result['q_divergence']:.3f})"
+                        if "q_divergence" in result else "")
+            print(f"full precision {result['fp_top1']:.1f} %  {middle}{METHOD} {result['q_top1']:.1f} %{nearness}  {smaller}")
         else:
             print(f"agreement with the teacher on synthetic images: {plain} {result['ptq_agreement']:.1f} %  "
                   f"{METHOD} {result['q_agreement']:.1f} %  {smaller}")
@@ -1158,7 +1168,8 @@ def evaluate_student(args):
     if not args.data and args.dataset != "shapes":
         raise BadInput("--evaluate needs --data FOLDER, the labelled images to measure on")
     device, _ = choose_device(args.device, "float32")
-    print(f"{args.evaluate}: top-1 {top1(student.to(device), load_images(args, preprocess), device):.2f} %")
+    figures = figures_on(load_images(args, preprocess), student.to(device), None, device)
+    print(f"{args.evaluate}: top-1 {figures['top1']:.2f} %")
 
 
 def common_flags(parser):
@@ -1224,7 +1235,7 @@ def command_line(parser, argv):
     check_settings(options)
     device, _ = choose_device(args.device, args.precision)
     images, teacher = load_images(args, preprocess), load_teacher(args, model, published)
-    options["evaluate"] = None if images is None else lambda model: top1(model, images, device)
+    options["evaluate"] = None if images is None else lambda model: figures_on(images, model, teacher.to(device), device)
     return quantize(teacher, **options)
 
 

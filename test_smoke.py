@@ -1113,6 +1113,26 @@ def test_evaluate_may_leave_what_it_measures_in_training_mode(teacher, script):
     assert not any(model.training for model in seen) and len(seen) == (4 if script is clusterq else 3)
 
 
+def test_evaluate_may_return_several_figures(teacher, script):
+    _, result = script.quantize(teacher, **SMALL, iterations=4, evaluate=lambda model: {"top1": np.float32(50), "top5": 75})
+    assert [[result[f"{name}_{key}"] for name in ("fp", "ptq", "q")] for key in ("top1", "top5")] == [[50.0] * 3, [75.0] * 3]
+
+
+@pytest.mark.parametrize("module", (lrq, clusterq))
+def test_figures_on_real_images_are_those_of_their_definitions(module):
+    torch.manual_seed(0)
+    student, teacher = nn.Linear(6, 4), nn.Linear(6, 4)
+    x, y = torch.randn(50, 6), torch.randint(4, (50,))
+    batches = torch.utils.data.DataLoader(list(zip(x, y)), 32)                          # the last is smaller
+    figures = module.figures_on(batches, student, teacher, torch.device("cpu"))
+    p, q = teacher(x).double().softmax(1), student(x).double().softmax(1)
+    expected = {"top1": 2.0 * (q.argmax(1) == y).sum().item(), "real_agreement": 2.0 * (q.argmax(1) == p.argmax(1)).sum().item(),
+                "divergence": (p * (p.log() - q.log())).sum(1).mean().item()}
+    assert figures == pytest.approx(expected, rel=1e-5) and 0 < figures["real_agreement"] < 100
+    alone = module.figures_on(batches, student, None, torch.device("cpu"))              # its own teacher
+    assert alone["top1"] == figures["top1"] and alone["real_agreement"] == 100 and alone["divergence"] == 0
+
+
 def test_evaluate_may_take_gradients(teacher, script):
     def evaluate(model):  # accuracy under attack, say
         images = torch.randn(4, 3, 16, 16, requires_grad=True)
@@ -1364,6 +1384,7 @@ def test_a_stop_in_the_first_measurement_is_at_once_and_leaves_the_signals_as_th
     (dict(bns_weight=float("nan")), "bns-weight"), (dict(classifier="stem"), "one vector an image"), (dict(classifier="unused"), "through its classifier"), (dict(about={"made": {1, 2}}), "^about"),
     (dict(w_bits="4"), "^--w '4': choose 2 to 8 bits"), (dict(evaluate=0.9), "^evaluate 0.9: choose a function"), (dict(evaluate=lambda model: None), "evaluate returns None"),
     (dict(evaluate=lambda model: math.nan), "evaluate returns nan"), (dict(evaluate=lambda model: 101), "evaluate returns 101"), (dict(about=["a"]), "^about"),
+    (dict(evaluate=lambda model: {"top5": 9.0}), "has it as top1"), (dict(evaluate=lambda model: {"top1": 9.0, "which": "a"}), "dict of numbers"),
     (dict(symmetric="no"), "^symmetric 'no': choose True or False"), (dict(resume=1), "^resume 1: choose True"), (dict(student_lr=float("inf")), "student-lr"), (dict(out="/dev/null/x"), "/dev/null/x")))
 def test_quantize_refuses_what_it_cannot_use(teacher, change, message, script):
     teacher.unused = nn.Linear(12, 9)
@@ -1628,7 +1649,8 @@ def test_a_whole_run_of_the_command(made, monkeypatch, capsys, script):
     process = subprocess.run([sys.executable, HERE / f"{script.__name__}.py", *shlex.split(arguments.format(made))], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     last = process.stdout.splitlines()[-1]
-    assert re.fullmatch(rf"full precision [\d.]+ %  plain 4-bit [\d.]+ %  {script.METHOD} [\d.]+ %  [\d.]+x smaller", last), last
+    assert re.fullmatch(rf"full precision [\d.]+ %  plain 4-bit [\d.]+ %  {script.METHOD} [\d.]+ % \(agreement [\d.]+ %, divergence [\d.]+\)  "
+                        r"[\d.]+x smaller", last), last
     assert sorted(path.name for path in (run).iterdir()) == FILES
     result = json.loads((run / "result.json").read_text())
     assert result["w_bits"] == 4 and result["q_mb"] < result["fp_mb"] / 4 and result["seed"] == 0 and result["arch"] == "resnet20"
