@@ -1224,7 +1224,7 @@ def common_flags(parser):
     add("--dataset", choices=DATASETS, help="what it was trained on: classes, image size, normalisation (default: the arch's)")
     add("--weights", metavar="FILE", help="state dict of the full-precision network (default, downloaded once: torchvision's "
         "IMAGENET1K_V1, or for resnet20 that of chenyaofo/pytorch-cifar-models)")
-    add("--data", metavar="FOLDER", help="labelled test images, to measure top-1 with, never to train: a folder for each class, "
+    add("--data", metavar="FOLDER", help="labelled test images, to measure with, never to train: a folder for each class, "
         "directly or in val/ or test/, or torchvision's CIFAR folder (default: none; shapes draws its own)")
     add = parser.add_argument_group("quantization").add_argument
     add("--w", dest="w_bits", type=int, metavar="BITS", help="bits of the weights, 2 to 8 (default: 4; 3 for shapes)")
