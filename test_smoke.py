@@ -1118,18 +1118,17 @@ def test_evaluate_may_return_several_figures(teacher, script):
     assert [[result[f"{name}_{key}"] for name in ("fp", "ptq", "q")] for key in ("top1", "top5")] == [[50.0] * 3, [75.0] * 3]
 
 
-@pytest.mark.parametrize("module", (lrq, clusterq))
-def test_figures_on_real_images_are_those_of_their_definitions(module):
+def test_figures_on_real_images_are_those_of_their_definitions(script):
     torch.manual_seed(0)
     student, teacher = nn.Linear(6, 4), nn.Linear(6, 4)
     x, y = torch.randn(50, 6), torch.randint(4, (50,))
     batches = torch.utils.data.DataLoader(list(zip(x, y)), 32)                          # the last is smaller
-    figures = module.figures_on(batches, student, teacher, torch.device("cpu"))
+    figures = script.figures_on(batches, student, teacher, torch.device("cpu"))
     p, q = teacher(x).double().softmax(1), student(x).double().softmax(1)
     expected = {"top1": 2.0 * (q.argmax(1) == y).sum().item(), "real_agreement": 2.0 * (q.argmax(1) == p.argmax(1)).sum().item(),
                 "divergence": (p * (p.log() - q.log())).sum(1).mean().item()}
     assert figures == pytest.approx(expected, rel=1e-5) and 0 < figures["real_agreement"] < 100
-    alone = module.figures_on(batches, student, None, torch.device("cpu"))              # its own teacher
+    alone = script.figures_on(batches, student, None, torch.device("cpu"))              # its own teacher
     assert alone["top1"] == figures["top1"] and alone["real_agreement"] == 100 and alone["divergence"] == 0
 
 
