@@ -58,7 +58,7 @@ from torch.nn import functional as F
 from torchvision import datasets, models, transforms, utils
 
 from quant import (compensate_rounding, copy_without_hooks, correct_batch_norm, equalize_channels, freeze, observe, pack,
-                   quantize_model, unpack)
+                   quant_layers, quantize_model, unpack)
 
 try:
     import fcntl
@@ -775,15 +775,16 @@ def pixel_range(mean, std):
 @torch.no_grad()
 def figures_on(batches, model, teacher, device):
     """A model's figures on labelled images. "top1": how often its first choice is the label, in percent. "real_agreement": how
-    often it is the teacher's. "divergence": mean KL(P || Q) from the teacher. batches: a DataLoader; says how fast it is."""
+    often it is the teacher's. "divergence": mean KL(P || Q) from the teacher. teacher: None for a model that is its own.
+    batches: a DataLoader; says how fast it is."""
     sums, count = torch.zeros(3, device=device), 0
     progress = Progress("evaluation", len(batches.dataset), unit="images")
     try:
         for images, labels in batches:
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             logits = model(images)
-            expected = logits if teacher is None else teacher(images)
-            sums += torch.stack([(logits.argmax(1) == labels).sum(), (logits.argmax(1) == expected.argmax(1)).sum(),
+            expected, choice = logits if teacher is None else teacher(images), logits.argmax(1)
+            sums += torch.stack([(choice == labels).sum(), (choice == expected.argmax(1)).sum(),
                                  kd_loss(logits, expected, 1) * len(labels)])
             count += len(labels)
             progress(count, {})
@@ -1147,7 +1148,7 @@ class Run:
         if self.evaluate is not None:
             middle = f"{plain} {result['ptq_top1']:.1f} %  " if "ptq_top1" in result else ""  # if images came with --resume
             nearness = (f" (agreement {result['q_real_agreement']:.1f} %, divergence {result['q_divergence']:.3f})"
-                        if "q_divergence" in result else "")
+                        if {"q_real_agreement", "q_divergence"} <= result.keys() else "")
             print(f"full precision {result['fp_top1']:.1f} %  {middle}{METHOD} {result['q_top1']:.1f} %{nearness}  {smaller}")
         else:
             print(f"agreement with the teacher on synthetic images: {plain} {result['ptq_agreement']:.1f} %  "
@@ -1235,7 +1236,9 @@ def command_line(parser, argv):
     check_settings(options)
     device, _ = choose_device(args.device, args.precision)
     images, teacher = load_images(args, preprocess), load_teacher(args, model, published)
-    options["evaluate"] = None if images is None else lambda model: figures_on(images, model, teacher.to(device), device)
+    if images is not None:  # the full-precision model, which quantize() measures too, is its own teacher
+        options["evaluate"] = lambda model: figures_on(
+            images, model, teacher.to(device) if quant_layers(model) else None, device)
     return quantize(teacher, **options)
 
 

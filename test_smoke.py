@@ -1116,6 +1116,8 @@ def test_evaluate_may_leave_what_it_measures_in_training_mode(teacher, script):
 def test_evaluate_may_return_several_figures(teacher, script):
     _, result = script.quantize(teacher, **SMALL, iterations=4, evaluate=lambda model: {"top1": np.float32(50), "top5": 75})
     assert [[result[f"{name}_{key}"] for name in ("fp", "ptq", "q")] for key in ("top1", "top5")] == [[50.0] * 3, [75.0] * 3]
+    _, result = script.quantize(teacher, **SMALL, iterations=4, evaluate=lambda model: {"top1": 50, "divergence": 0.1})
+    assert result["q_divergence"] == 0.1 and "q_real_agreement" not in result           # one of what the commands measure
 
 
 def test_figures_on_real_images_are_those_of_their_definitions(script):
