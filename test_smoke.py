@@ -1021,6 +1021,49 @@ def test_half_of_the_images_are_transformed_and_the_teacher_asked_what_it_sees_n
     assert seen.any() and torch.allclose(losses[1]["L_QCE"], (F.cross_entropy(logits, labels, reduction="none") * seen).mean())
 
 
+def test_refined_images_go_down_the_loss_and_stay_images(script):
+    mean, std = torch.tensor([0.2, 0.5, 0.8]).view(3, 1, 1), torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+    pixels, aim = torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8)
+    pixels[0, 0, 0, 0], aim[0, 0, 0, 0] = 0, -1                                        # black already, and asked for less
+    pixels[aim.sub(pixels).abs() < 0.05] -= 0.1
+    pixels.clamp_(0, 1)
+    images, asked = (pixels - mean) / std, []
+
+    def loss(x):
+        asked.append(x.detach() * std + mean)
+        return (x * std + mean - aim).square().sum()
+    moved = script.refined(images, loss, mean, std, 2) * std + mean
+    assert torch.allclose(asked[0], pixels, atol=1e-6) and not moved.requires_grad
+    for before, after, step in ((pixels, asked[1], 0.02), (asked[1], moved, 0.01)):
+        assert torch.allclose(after, (before + step * (aim - before).sign()).clamp(0, 1), atol=1e-6)
+    gradient = torch.autograd.grad(loss(images.requires_grad_()), images)[0]
+    asked.clear()
+    assert torch.allclose(script.refined(images, loss, mean, std, 2, gradient) * std + mean, moved) and len(asked) == 1
+    assert torch.equal(script.refined(images, loss, mean, std, 0), images)
+
+
+def test_the_student_sees_refined_images_in_step_1_and_when_it_learns(teacher, script, monkeypatch):
+    refined, losses = script.refined, []
+
+    def watched(images, loss, mean, std, steps, gradient=None):
+        result = refined(images, loss, mean, std, steps, gradient)
+        if gradient is not None:
+            asked = images.detach().requires_grad_()
+            same_sign = torch.autograd.grad(loss(asked), asked)[0].sign() == gradient.sign()
+            assert same_sign.float().mean() > 0.95                                      # ClusterQ's centroids have moved a little
+        seen.append(result)
+        losses.append((loss(images).item(), loss(result).item()))
+        return result
+    monkeypatch.setattr(script, "refined", watched)
+    monkeypatch.setattr(script, "half_transformed", lambda images: given.append(images) or images)
+    for steps in (0, 3):
+        seen, given = [], []
+        script.quantize(teacher, **{**SMALL, "batch_size": 32}, iterations=2, warmup=0.5, precision="float32", refine=steps,
+                        generator_lr=0.0)
+        assert len(seen) == 21 and all(map(torch.equal, seen, given))
+    assert all(after == before for before, after in losses[:21]) and all(after < before for before, after in losses[21:])
+
+
 def test_ce_weight_is_that_of_the_students_cross_entropy(teacher, script, monkeypatch):
     norms, clip, kd_loss = [], nn.utils.clip_grad_norm_, script.kd_loss
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *args: norms.append(clip(*args).item()))
@@ -1344,14 +1387,14 @@ def test_interrupted_twice_in_calibration_a_run_goes_on_from_its_start(warmup, t
 def test_resume_gives_the_same_bits_as_an_uninterrupted_run(teacher, tmp_path, stop_at, monkeypatch, script):
     arguments = dict(SMALL, iterations=8, warmup=0.5, evaluate=lambda model: 50.0)
     whole, expected = script.quantize(teacher, **arguments, out=tmp_path / "whole")
-    real_loss, calls = script.batch_norm_loss, []
+    real_report, steps = script.Run.report, []
 
-    def interrupting(*args):
-        calls.append(1)
-        if len(calls) == stop_at:
+    def interrupting(run, step, losses):
+        steps.append(step)
+        if steps == list(range(1, stop_at + 1)):
             os.kill(os.getpid(), signal.SIGINT)
-        return real_loss(*args)
-    monkeypatch.setattr(script, "batch_norm_loss", interrupting)
+        real_report(run, step, losses)
+    monkeypatch.setattr(script.Run, "report", interrupting)
     with pytest.raises(KeyboardInterrupt, match=f"iteration {stop_at} of 8"):
         script.quantize(teacher, **arguments, out=tmp_path / "parts")
     with pytest.raises(script.BadInput, match="seed"):
@@ -1359,7 +1402,7 @@ def test_resume_gives_the_same_bits_as_an_uninterrupted_run(teacher, tmp_path, s
     with pytest.raises(script.BadInput, match="from another teacher"):
         script.quantize(Odd(), **arguments, out=tmp_path / "parts", resume=True)
     parts, result = script.quantize(teacher, **arguments, out=tmp_path / "parts", resume=True)
-    assert len(calls) == 8 and same(state_bytes(whole), state_bytes(parts))
+    assert steps == list(range(1, 9)) and same(state_bytes(whole), state_bytes(parts))
     assert (tmp_path / "whole/log.csv").read_text() == (tmp_path / "parts/log.csv").read_text()
     for key in ("fp_top1", "ptq_agreement", "q_agreement", "recognised"):
         assert result[key] == expected[key]
@@ -1743,7 +1786,7 @@ def test_plumbing_of_the_two_scripts_is_the_same_byte_for_byte():
     assert one == other and len(one) > 10000
 
 
-@pytest.mark.parametrize("name", ("class_codes", "upsampled", "half_transformed", "MeanVariance", "image_statistics",
+@pytest.mark.parametrize("name", ("class_codes", "upsampled", "half_transformed", "refined", "MeanVariance", "image_statistics",
                          "layer_constants", "batch_norm_loss", "kd_loss", "teacher_forward"))
 def test_what_both_methods_define_is_the_same(name):
     assert inspect.getsource(getattr(lrq, name)) == inspect.getsource(getattr(clusterq, name))
