@@ -13,17 +13,16 @@ Result (README): ResNet-20 on CIFAR-10, 2-bit weights and 4-bit activations, 400
 +- 0.3 % top-1 of 88.0, where plain quantization leaves 29.3; three to five minutes on one CPU core.
 
 The algorithm, as numbered in quantize():
- 1. Once, after the generator's warm-up, by its images: each class's centroid; then, with each image refined by 20 steps of its
-    own towards a lower L_G, the ranges of Q's activations, of which each channel of a depthwise or 1 x 1 convolution's input is
-    made to use more; then, with half of the images mirrored, magnified and shifted at random, what rounded weights do to the
-    mean and the spread of each channel, for which Q's batch norms are corrected; and, layer after layer, Q's weights, moved so
-    that they make up for rounding errors, with the batch norms corrected once more.
+ 1. Once, after the generator's warm-up, by its images: each class's centroid; the ranges of Q's activations, of which each
+    channel of a depthwise or 1 x 1 convolution's input is made to use more; then, with half of the images mirrored, magnified
+    and shifted at random, what rounded weights do to the mean and the spread of each channel, for which Q's batch norms are
+    corrected; and, layer after layer, Q's weights, moved so that they make up for rounding errors, with the batch norms
+    corrected once more.
  2. Draw noise z and labels y, and images x = G(z, y) from them.
  3. Generator step on L_G = L_CE + a L_BNS + b L_SFDA, through the frozen P; G learns alone, without L_SFDA, at first.
  4. The centroids follow the images as exponential moving averages.
- 5. Student step on the same images, refined by two steps and half of them transformed as in 1: L_Q = c CE(Q(x), y) +
-    KL(P(x) || Q(x)) T^2, CE only where P sees y in x, and c = 0 above 100 classes. Batch norms and biases learn at a higher
-    rate than weights.
+ 5. Student step on the same images, half of them transformed as in 1: L_Q = c CE(Q(x), y) + KL(P(x) || Q(x)) T^2, CE only
+    where P sees y in x, and c = 0 above 100 classes. Batch norms and biases learn at a higher rate than weights.
  6. Report and save.
  7. Evaluate, and write Q as integers.
 
@@ -148,26 +147,6 @@ def half_transformed(images):
     grid = F.affine_grid(theta, x.shape, align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
     return torch.cat([images[:len(images) // 2], x])
-
-
-def refined(images, loss, mean, std, steps, gradient=None):
-    """The images, (B, C, S, S), after `steps` steps of their own towards a lower loss, L_G: what one generator, which has to
-    draw all images, leaves to each of them.
-
-    loss: a function of the images -> scalar. gradient: that of the images as they are, if it is known already. mean, std:
-    (C, 1, 1). Each step moves every pixel by the same amount against the sign of its gradient: at first by 0.02 of the range
-    from black to white for 32 x 32 pixels (less for larger images, whose more pixels together go further), then evenly less.
-    Source: images that are optimized themselves, as in DeepInversion (arXiv 1912.08795, section 3.2); here by a few steps,
-    from what a generator draws.
-    """
-    rate = 0.02 * 32 / images.shape[-1]
-    for step in range(steps):
-        if gradient is None:
-            images = images.detach().requires_grad_()
-            gradient, = torch.autograd.grad(loss(images), images)
-        pixels = images.detach() * std + mean - rate * (1 - step / steps) * gradient.sign()
-        images, gradient = (pixels.clamp(0, 1) - mean) / std, None
-    return images.detach()
 
 
 # ------------------------------------------------------------------------------------------------ losses
@@ -362,7 +341,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
              device="auto", evaluate=None, out=None, symmetric=False, classifier=None, precision="auto", sfda=True,
              variance=True, fresh_noise=False, ema=True, rho=0.2, noise=0.5, first_layer=None, temperature=4.0,
              bns_weight=None, sfda_weight=0.9, ce_weight=None, generator_lr=1e-3, student_lr=None, norm_lr=None, warmup=0.15,
-             refine=2, separability=False, resume=False, checkpoint_every=60, about=None):
+             separability=False, resume=False, checkpoint_every=60, about=None):
     """Quantize a trained classifier without its data. Returns (student, result).
 
     teacher: any nn.Module, (B, C, S, S) -> (B, num_classes), with BatchNorm2d; it is left as it is. image_size: S, a
@@ -408,45 +387,20 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     warm_iterations, cosine = int(iterations * warmup), torch.ones((), device=device)
     with Run(settings, teacher, student, generator, device, evaluate, out, resume, checkpoint_every, centroids=centroids,
              generator_optimizer=generator_optimizer, student_optimizer=student_optimizer) as run:
-        def generator_loss(images, labels, align):
-            """L_G = L_CE + a L_BNS + b L_SFDA, through the frozen teacher; align: whether the last is in it. Returns (L_G, its
-            parts by name, semantic statistics [m, v], (B, C) each, whether each image is recognised, (B,))."""
-            with autocast():
-                logits, _, _, inputs = teacher_forward(teacher, layer, images)
-            loss_ce = F.cross_entropy(logits, labels)
-            statistics = image_statistics(inputs)
-            loss_bns = batch_norm_loss(*statistics, *constants)
-            loss, losses = loss_ce + bns_weight * loss_bns, {"L_CE": loss_ce.detach(), "L_BNS": loss_bns.detach()}
-            semantic = semantic_statistics(*statistics, units)
-            if align:
-                targets = [centroids.means[labels], centroids.variances[labels]]
-                seen = centroids.seen[labels]                                           # (B,)
-                if variance and not fresh_noise:
-                    loss_sfda = spread_loss(*semantic, *targets, channel_weight, seen, noise)
-                else:
-                    targets = [target + intra_class_noise(target, noise * variance) for target in targets]
-                    loss_sfda = sfda_loss(*semantic, *targets, channel_weight, seen)
-                loss, losses["L_SFDA"] = loss + sfda_weight * loss_sfda, loss_sfda.detach()
-            return loss, losses, [value.detach() for value in semantic], logits.argmax(1) == labels
-
-        def refine_images(images, labels, align, steps, gradient=None):
-            return refined(images, lambda x: generator_loss(x, labels, align)[0], generator.mean, generator.std, steps, gradient)
-
         def calibrate():
-            """Step 1. Once, after the generator's warm-up, by its images: each class's centroid; with the images refined,
-            activation ranges, after which plain quantization is measured; how large each channel of some inputs is; and, half
-            of the images transformed, what rounding did: to each channel's mean and spread, and to each layer's output."""
+            """Step 1. Once, after the generator's warm-up, by its images: each class's centroid; activation ranges, after
+            which plain quantization is measured; how large each channel of some inputs is; and, half of the images
+            transformed, what rounding did: to each channel's mean and spread, and to each layer's output."""
             observe(student)
             batches = []
-            for _ in range(20):
-                z, labels = draw(batch_size, num_classes, generator, device)
-                with torch.no_grad():
+            with torch.no_grad():
+                for _ in range(20):
+                    z, labels = draw(batch_size, num_classes, generator, device)
                     with autocast():
-                        images = generator(z, labels)
-                    _, _, semantic, recognised = generator_loss(images, labels, align=False)
-                centroids.update(*semantic, labels, recognised, rho=None)
-                batches.append(refine_images(images, labels, False, 10 * refine))
-                with torch.no_grad():
+                        batches.append(generator(z, labels))
+                        teacher_logits, _, _, inputs = teacher_forward(teacher, layer, batches[-1])
+                    centroids.update(*semantic_statistics(*image_statistics(inputs), units), labels,
+                                     teacher_logits.argmax(1) == labels)
                     student(batches[-1])
             freeze(student)
             run.measure("ptq")
@@ -462,26 +416,39 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
             z, labels = draw(batch_size, num_classes, generator, device)
             with autocast():
                 images = generator(z, labels)                                           # (B, C, S, S)
-            images.retain_grad()  # the first step of their refinement
+                teacher_logits, _, _, inputs = teacher_forward(teacher, layer, images)
+            recognised = teacher_logits.argmax(1) == labels                             # (B,)
 
             # 3. Generator step: L_G = L_CE + a L_BNS + b L_SFDA, through the frozen teacher.
-            align = sfda and learns
-            loss, losses, semantic, recognised = generator_loss(images, labels, align)
+            loss_ce = F.cross_entropy(teacher_logits, labels)
+            means, variances = image_statistics(inputs)                                 # of all layers
+            loss_bns = batch_norm_loss(means, variances, *constants)
+            loss, losses = loss_ce + bns_weight * loss_bns, {"L_CE": loss_ce.detach(), "L_BNS": loss_bns.detach()}
+            if sfda and learns:
+                statistics = semantic_statistics(means, variances, units)               # m, v: (B, C) each
+                targets = [centroids.means[labels], centroids.variances[labels]]
+                seen = centroids.seen[labels]                                           # (B,)
+                if variance and not fresh_noise:
+                    loss_sfda = spread_loss(*statistics, *targets, channel_weight, seen, noise)
+                else:
+                    targets = [target + intra_class_noise(target, noise * variance) for target in targets]
+                    loss_sfda = sfda_loss(*statistics, *targets, channel_weight, seen)
+                loss, losses["L_SFDA"] = loss + sfda_weight * loss_sfda, loss_sfda.detach()
             generator_optimizer.zero_grad()
             loss.backward()
             generator_optimizer.step()
 
             # 4. The centroids follow, by the images that the teacher recognises.
-            if align:
-                centroids.update(*semantic, labels, recognised, rho if ema else 0.0)
+            if sfda and learns:
+                centroids.update(*(value.detach() for value in statistics), labels, recognised, rho if ema else 0.0)
 
-            # 5. Student step on these images, refined and half of them transformed: L_Q = c CE(Q(x), y) + KL(P(x) || Q(x)) T^2;
-            # its rates fall as a cosine.
+            # 5. Student step on these images, half of them transformed: L_Q = c CE(Q(x), y) + KL(P(x) || Q(x)) T^2; its
+            # rates fall as a cosine.
             if learns:
-                images = half_transformed(refine_images(images, labels, align, refine, images.grad))
+                images, half = half_transformed(images.detach()), batch_size // 2
                 with autocast():
                     with torch.no_grad():
-                        teacher_logits = teacher(images).float()
+                        teacher_logits = torch.cat([teacher_logits[:half], teacher(images[half:]).float()])
                     logits = student(images)
                 recognised = teacher_logits.argmax(1) == labels
                 loss_qce = (F.cross_entropy(logits, labels, reduction="none") * recognised).mean()
@@ -563,7 +530,6 @@ COMMON_RULES = {  # setting: (whether a value will do, what to choose)
     "checkpoint_every": (lambda v: v >= 0, "a number of seconds"),
     "evaluate": (lambda v: v is None or callable(v), "a function of a model that returns its top-1 in percent, or None"),
     "warmup": (lambda v: 0 <= v < 1, "a share of the iterations, at least 0 and below 1"),
-    "refine": (whole(0), "a whole number of steps, 0 or more"),
     "generator_lr": NOT_NEGATIVE,
     "student_lr": NONE_OR_NOT_NEGATIVE,
     "norm_lr": NONE_OR_NOT_NEGATIVE,
@@ -1269,8 +1235,6 @@ def common_flags(parser):
     add("--iterations", type=int, metavar="N", help="warm-up included (default: 80000 for imagenet, GDFQ; CIFAR 1000, shapes 500)")
     add("--batch-size", type=int, metavar="N", help="images an iteration (default: 16 for imagenet, GDFQ; CIFAR 64, shapes 32)")
     add("--warmup", type=float, metavar="SHARE", help="of iterations in which the generator learns alone (default: %(default)s)")
-    add("--refine", type=int, metavar="STEPS", help="of each image itself towards a lower loss of the generator, before the "
-        "student learns from it; ten times as many in step 1 (default: %(default)s; published: none)")
     add("--generator-lr", type=float, metavar="RATE", help="of Adam (default: %(default)s, GDFQ)")
     add("--student-lr", type=float, metavar="RATE", help="of SGD for the student's weights, falling as a cosine to zero (default: "
         "0.003, above 100 classes 0.001; lower in longer runs: README; published: 0.0001 CIFAR, 0.000001 ImageNet)")
