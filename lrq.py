@@ -8,20 +8,20 @@ batch-norm statistics and classes are those that P remembers, and Q learns from 
     python lrq.py --arch resnet18 --w 4 --a 4        # an ImageNet network: 80,000 iterations (20 minutes at an H100's rate)
     python lrq.py --help                             # every flag, its default and where that comes from
 
-Result (README): ResNet-20 on CIFAR-10, 2-bit weights and 4-bit activations, 400 iterations of 64 images, three seeds: 85.6
-+- 0.0 % top-1 of 88.0, where plain quantization leaves 29.5; three to six minutes on one CPU core.
+Result (README): ResNet-20 on CIFAR-10, 2-bit weights and 4-bit activations, 400 iterations of 64 images, three seeds: 85.4
++- 0.1 % top-1 of 88.0, where plain quantization leaves 29.5; three to five minutes on one CPU core.
 
 The algorithm, as numbered in quantize():
- 1. Once, after the generator's warm-up, by its images, up to 100 classes each refined by 20 steps of its own towards a lower
-    L_G: the ranges of Q's activations, of which each channel of a depthwise or 1 x 1 convolution's input is made to use more;
-    then, with half of the images mirrored, magnified and shifted at random, what rounded weights do to the mean and the spread
-    of each channel, for which Q's batch norms are corrected; and, layer after layer, Q's weights, moved so that they make up
-    for rounding errors, with the batch norms corrected once more.
+ 1. Once, after the generator's warm-up, by its images: the ranges of Q's activations, of which each channel of a depthwise
+    or 1 x 1 convolution's input is made to use more; then, with half of the images mirrored, magnified and shifted at
+    random, what rounded weights do to the mean and the spread of each channel, for which Q's batch norms are corrected; and,
+    layer after layer, Q's weights, moved so that they make up for rounding errors, with the batch norms corrected once more.
  2. Draw noise z and labels y, and images x = G(z, y) from them.
  3. Generator step on L_G = L_AMA + a L_BNS, through the frozen P; G learns alone at first.
- 4. Student step on the same images, refined by two steps, or none, and half of them transformed, as in 1: L_Q =
-    c CE(Q(x), y) + L_DKD, CE only where P sees y in x, and c = 0 above 100 classes. Batch norms and biases learn at a higher
-    rate than weights; up to 100 classes, after each step, all go back by a share of the way towards what 1 gave.
+ 4. Student step on the same images, half of them transformed as in 1: L_Q = c CE(Q(x), y) + L_DKD, CE only where P sees y
+    in x, and c = 0 above 100 classes. Batch norms and biases learn at a higher rate than weights; up to 100 classes, after
+    each step, all go back by a share of the way towards what 1 gave. With --refine, images in 1 and 4 first take steps of
+    their own towards a lower L_G.
  5. Report and save.
  6. Evaluate, and write Q as integers.
 
@@ -341,7 +341,7 @@ def teacher_forward(teacher, classifier, images):
 
 def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, iterations, batch_size, seed=0,
              device="auto", evaluate=None, out=None, symmetric=False, classifier=None, precision="auto", lka=True,
-             margin=None, kd="dkd", temperature=4.0, alpha=1.0, beta=1.0, bns_weight=None, ce_weight=None, refine=None, pull=None,
+             margin=None, kd="dkd", temperature=4.0, alpha=1.0, beta=1.0, bns_weight=None, ce_weight=None, refine=0, pull=None,
              generator_lr=1e-3, student_lr=None, norm_lr=None, warmup=0.15, resume=False, checkpoint_every=60, about=None):
     """Quantize a trained classifier without its data. Returns (student, result).
 
@@ -362,9 +362,9 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     shorter = min(1, (1000 if few else 4000) / iterations) ** 0.5
     defaults = {"student_lr": (3e-3 if few else 1e-3) * shorter, "norm_lr": 1e-2 * shorter,
                 "bns_weight": 1.0 if few else 100.0, "ce_weight": 1.0 if few else 0.0,
-                "margin": -0.5 if few else 0.0, "refine": 2 if few else 0, "pull": 1e-2 * shorter if few else 0.0}
+                "margin": -0.5 if few else 0.0, "pull": 1e-2 * shorter if few else 0.0}
     settings.update((name, value) for name, value in defaults.items() if settings[name] is None)
-    mean, std, generator_lr, student_lr, norm_lr, bns_weight, ce_weight, margin, refine, pull = (
+    mean, std, generator_lr, student_lr, norm_lr, bns_weight, ce_weight, margin, pull = (
         settings[name] for name in ("mean", "std", "generator_lr", *defaults))
     device, dtype = choose_device(device, precision)
     settings["precision"] = str(dtype).removeprefix("torch.")
@@ -396,9 +396,9 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
             return refined(images, lambda x: generator_loss(x, labels)[0], generator.mean, generator.std, steps, gradient)
 
         def calibrate():
-            """Step 1. Once, after the generator's warm-up, by its images, refined: activation ranges, after which plain
-            quantization is measured; how large each channel of some inputs is; and, half of the images transformed, what
-            rounding did: to each channel's mean and spread, and to each layer's output."""
+            """Step 1. Once, after the generator's warm-up, by its images (refined, if asked for): activation ranges, after which
+            plain quantization is measured; how large each channel of some inputs is; and, half of the images transformed,
+            what rounding did: to each channel's mean and spread, and to each layer's output."""
             observe(student)
             batches = []
             for _ in range(20):
@@ -433,8 +433,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
             loss.backward()
             generator_optimizer.step()
 
-            # 4. Student step on these images, refined and half of them transformed: L_Q = c CE(Q(x), y) + L_DKD; its rates fall
-            # as a cosine.
+            # 4. Student step on these images, half of them transformed: L_Q = c CE(Q(x), y) + L_DKD; its rates fall as a cosine.
             if learns:
                 images = half_transformed(refine_images(images, labels, refine, images.grad))
                 with autocast():
@@ -1297,14 +1296,14 @@ def run(main):
 RULES = {"lka": YES_OR_NO, "margin": (lambda v: v is None or abs(v) < math.pi, "a number of radians between -pi and pi"),
          "kd": (lambda v: v in ("kl", "dkd"), "kl or dkd"), "temperature": POSITIVE, "alpha": NOT_NEGATIVE,
          "beta": NOT_NEGATIVE, "bns_weight": NONE_OR_NOT_NEGATIVE, "ce_weight": NONE_OR_NOT_NEGATIVE,
-         "refine": (lambda v: v is None or whole(0)(v), "a whole number of steps, 0 or more"),
+         "refine": (whole(0), "a whole number of steps, 0 or more"),
          "pull": (lambda v: v is None or 0 <= v <= 1, "a share, from 0 to 1")}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common_flags(parser)
-    add = parser.add_argument_group("method (--no-lka --margin 0 --kd kl --refine 0 --pull 0: GDFQ's losses; README, differences)").add_argument
+    add = parser.add_argument_group("method (--no-lka --margin 0 --kd kl --pull 0: GDFQ's losses; README, differences)").add_argument
     add("--no-lka", dest="lka", action="store_false", help="generator without large-kernel attention")
     add("--margin", type=float, metavar="RADIANS", help="AMA's angular margin on the label's logit; below 0 it widens the "
         "angles (default: -0.5 up to 100 classes, 0 above)")
@@ -1316,7 +1315,7 @@ def main(argv=None):
     add("--bns-weight", type=float, help="weight of L_BNS (default: 1 up to 100 classes, 100 above; GDFQ has 0.1)")
     add("--ce-weight", type=float, help="weight of the student's cross-entropy (default: 1 up to 100 classes, 0 above)")
     add("--refine", type=int, metavar="STEPS", help="of each image itself towards a lower loss of the generator, before the "
-        "student learns from it; ten times as many in step 1 (default: 2 up to 100 classes, 0 above)")
+        "student learns from it; ten times as many in step 1 (default: %(default)s; whether 2 help depends on the teacher: README)")
     add("--pull", type=float, metavar="SHARE", help="of the way back to where the student began to learn, that its weights, batch "
         "norms and biases go after each step, falling as their rates do (default: 0.01, lower in longer runs; above 100 "
         "classes 0)")
