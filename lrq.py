@@ -385,12 +385,13 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     with Run(settings, teacher, student, generator, device, evaluate, out, resume, checkpoint_every,
              generator_optimizer=generator_optimizer, student_optimizer=student_optimizer) as run:
         def generator_loss(images, labels):
-            """L_G = L_AMA + a L_BNS, through the frozen teacher. Returns (L_G, its parts by name)."""
+            """L_G = L_AMA + a L_BNS, through the frozen teacher. Returns (L_G, its parts by name, P's logits)."""
             with autocast():
-                _, features, _, inputs = teacher_forward(teacher, layer, images)
+                teacher_logits, features, _, inputs = teacher_forward(teacher, layer, images)
             loss_ama = F.cross_entropy(ama_logits(features, weight, bias, labels, margin), labels)
             loss_bns = batch_norm_loss(*image_statistics(inputs), *constants)
-            return loss_ama + bns_weight * loss_bns, {"L_AMA": loss_ama.detach(), "L_BNS": loss_bns.detach()}
+            losses = {"L_AMA": loss_ama.detach(), "L_BNS": loss_bns.detach()}
+            return loss_ama + bns_weight * loss_bns, losses, teacher_logits
 
         def refine_images(images, labels, steps, gradient=None):
             return refined(images, lambda x: generator_loss(x, labels)[0], generator.mean, generator.std, steps, gradient)
@@ -428,7 +429,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
             images.retain_grad()  # the first step of their refinement
 
             # 3. Generator step: L_G = L_AMA + a L_BNS, through the frozen teacher.
-            loss, losses = generator_loss(images, labels)
+            loss, losses, teacher_logits = generator_loss(images, labels)
             generator_optimizer.zero_grad()
             loss.backward()
             generator_optimizer.step()
@@ -436,9 +437,10 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
             # 4. Student step on these images, half of them transformed: L_Q = c CE(Q(x), y) + L_DKD; its rates fall as a cosine.
             if learns:
                 images = half_transformed(refine_images(images, labels, refine, images.grad))
+                half = 0 if refine else batch_size // 2  # of the images, which P has seen as they are
                 with autocast():
                     with torch.no_grad():
-                        teacher_logits = teacher(images).float()
+                        teacher_logits = torch.cat([teacher_logits[:half], teacher(images[half:]).float()])
                     logits = student(images)
                 recognised = teacher_logits.argmax(1) == labels  # a label that P does not see in x would teach Q an error
                 loss_qce = (F.cross_entropy(logits, labels, reduction="none") * recognised).mean()
