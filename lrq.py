@@ -20,8 +20,7 @@ The algorithm, as numbered in quantize():
  3. Generator step on L_G = L_AMA + a L_BNS, through the frozen P; G learns alone at first.
  4. Student step on the same images, half of them transformed as in 1: L_Q = c CE(Q(x), y) + L_DKD, CE only where P sees y
     in x, and c = 0 above 100 classes. Batch norms and biases learn at a higher rate than weights; up to 100 classes, after
-    each step, all go back by a share of the way towards what 1 gave. With --refine, images in 1 and 4 first take steps of
-    their own towards a lower L_G.
+    each step, all go back by a share of the way towards what 1 gave.
  5. Report and save.
  6. Evaluate, and write Q as integers.
 
@@ -181,26 +180,6 @@ def half_transformed(images):
     return torch.cat([images[:len(images) // 2], x])
 
 
-def refined(images, loss, mean, std, steps, gradient=None):
-    """The images, (B, C, S, S), after `steps` steps of their own towards a lower loss, L_G: what one generator, which has to
-    draw all images, leaves to each of them.
-
-    loss: a function of the images -> scalar. gradient: that of the images as they are, if it is known already. mean, std:
-    (C, 1, 1). Each step moves every pixel by the same amount against the sign of its gradient: at first by 0.02 of the range
-    from black to white for 32 x 32 pixels (less for larger images, whose more pixels together go further), then evenly less.
-    Source: images that are optimized themselves, as in DeepInversion (arXiv 1912.08795, section 3.2); here by a few steps,
-    from what a generator draws.
-    """
-    rate = 0.02 * 32 / images.shape[-1]
-    for step in range(steps):
-        if gradient is None:
-            images = images.detach().requires_grad_()
-            gradient, = torch.autograd.grad(loss(images), images)
-        pixels = images.detach() * std + mean - rate * (1 - step / steps) * gradient.sign()
-        images, gradient = (pixels.clamp(0, 1) - mean) / std, None
-    return images.detach()
-
-
 # ------------------------------------------------------------------------------------------------ losses
 
 class MeanVariance(torch.autograd.Function):
@@ -341,7 +320,7 @@ def teacher_forward(teacher, classifier, images):
 
 def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, iterations, batch_size, seed=0,
              device="auto", evaluate=None, out=None, symmetric=False, classifier=None, precision="auto", lka=True,
-             margin=None, kd="dkd", temperature=4.0, alpha=1.0, beta=1.0, bns_weight=None, ce_weight=None, refine=0, pull=None,
+             margin=None, kd="dkd", temperature=4.0, alpha=1.0, beta=1.0, bns_weight=None, ce_weight=None, pull=None,
              generator_lr=1e-3, student_lr=None, norm_lr=None, warmup=0.15, resume=False, checkpoint_every=60, about=None):
     """Quantize a trained classifier without its data. Returns (student, result).
 
@@ -384,31 +363,16 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     warm_iterations, cosine = int(iterations * warmup), torch.ones((), device=device)
     with Run(settings, teacher, student, generator, device, evaluate, out, resume, checkpoint_every,
              generator_optimizer=generator_optimizer, student_optimizer=student_optimizer) as run:
-        def generator_loss(images, labels):
-            """L_G = L_AMA + a L_BNS, through the frozen teacher. Returns (L_G, its parts by name, P's logits)."""
-            with autocast():
-                teacher_logits, features, _, inputs = teacher_forward(teacher, layer, images)
-            loss_ama = F.cross_entropy(ama_logits(features, weight, bias, labels, margin), labels)
-            loss_bns = batch_norm_loss(*image_statistics(inputs), *constants)
-            losses = {"L_AMA": loss_ama.detach(), "L_BNS": loss_bns.detach()}
-            return loss_ama + bns_weight * loss_bns, losses, teacher_logits
-
-        def refine_images(images, labels, steps, gradient=None):
-            return refined(images, lambda x: generator_loss(x, labels)[0], generator.mean, generator.std, steps, gradient)
-
         def calibrate():
-            """Step 1. Once, after the generator's warm-up, by its images (refined, if asked for): activation ranges, after which
-            plain quantization is measured; how large each channel of some inputs is; and, half of the images transformed,
-            what rounding did: to each channel's mean and spread, and to each layer's output."""
+            """Step 1. Once, after the generator's warm-up, by its images: activation ranges, after which plain quantization is
+            measured; how large each channel of some inputs is; and, half of the images transformed, what rounding did: to
+            each channel's mean and spread, and to each layer's output."""
             observe(student)
-            batches = []
-            for _ in range(20):
-                z, labels = draw(batch_size, num_classes, generator, device)
-                with autocast(), torch.no_grad():
-                    images = generator(z, labels)
-                batches.append(refine_images(images, labels, 10 * refine))
-                with torch.no_grad():
-                    student(batches[-1])
+            with torch.no_grad():
+                with autocast():
+                    batches = [generator(*draw(batch_size, num_classes, generator, device)) for _ in range(20)]
+                for images in batches:
+                    student(images)
             freeze(student)
             run.measure("ptq")
             print("\nmaking up for rounding errors, layer after layer, before the student learns", flush=True)
@@ -426,18 +390,19 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
             z, labels = draw(batch_size, num_classes, generator, device)
             with autocast():
                 images = generator(z, labels)                                           # (B, C, S, S)
-            images.retain_grad()  # the first step of their refinement
+                teacher_logits, features, _, inputs = teacher_forward(teacher, layer, images)
 
             # 3. Generator step: L_G = L_AMA + a L_BNS, through the frozen teacher.
-            loss, losses, teacher_logits = generator_loss(images, labels)
+            loss_ama = F.cross_entropy(ama_logits(features, weight, bias, labels, margin), labels)
+            loss_bns = batch_norm_loss(*image_statistics(inputs), *constants)
             generator_optimizer.zero_grad()
-            loss.backward()
+            (loss_ama + bns_weight * loss_bns).backward()
             generator_optimizer.step()
+            losses = {"L_AMA": loss_ama.detach(), "L_BNS": loss_bns.detach()}
 
             # 4. Student step on these images, half of them transformed: L_Q = c CE(Q(x), y) + L_DKD; its rates fall as a cosine.
             if learns:
-                images = half_transformed(refine_images(images, labels, refine, images.grad))
-                half = 0 if refine else batch_size // 2  # of the images, which P has seen as they are
+                images, half = half_transformed(images.detach()), batch_size // 2
                 with autocast():
                     with torch.no_grad():
                         teacher_logits = torch.cat([teacher_logits[:half], teacher(images[half:]).float()])
@@ -1298,7 +1263,6 @@ def run(main):
 RULES = {"lka": YES_OR_NO, "margin": (lambda v: v is None or abs(v) < math.pi, "a number of radians between -pi and pi"),
          "kd": (lambda v: v in ("kl", "dkd"), "kl or dkd"), "temperature": POSITIVE, "alpha": NOT_NEGATIVE,
          "beta": NOT_NEGATIVE, "bns_weight": NONE_OR_NOT_NEGATIVE, "ce_weight": NONE_OR_NOT_NEGATIVE,
-         "refine": (whole(0), "a whole number of steps, 0 or more"),
          "pull": (lambda v: v is None or 0 <= v <= 1, "a share, from 0 to 1")}
 
 
@@ -1316,8 +1280,6 @@ def main(argv=None):
     add("--beta", type=float, help="weight of NCKD (default: %(default)s)")
     add("--bns-weight", type=float, help="weight of L_BNS (default: 1 up to 100 classes, 100 above; GDFQ has 0.1)")
     add("--ce-weight", type=float, help="weight of the student's cross-entropy (default: 1 up to 100 classes, 0 above)")
-    add("--refine", type=int, metavar="STEPS", help="of each image itself towards a lower loss of the generator, before the "
-        "student learns from it; ten times as many in step 1 (default: %(default)s; whether 2 help depends on the teacher: README)")
     add("--pull", type=float, metavar="SHARE", help="of the way back to where the student began to learn, that its weights, batch "
         "norms and biases go after each step, falling as their rates do (default: 0.01, lower in longer runs; above 100 "
         "classes 0)")

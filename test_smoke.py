@@ -1021,47 +1021,6 @@ def test_half_of_the_images_are_transformed_and_the_teacher_asked_what_it_sees_n
     assert seen.any() and torch.allclose(losses[1]["L_QCE"], (F.cross_entropy(logits, labels, reduction="none") * seen).mean())
 
 
-def test_refined_images_go_down_the_loss_and_stay_images():
-    mean, std = torch.tensor([0.2, 0.5, 0.8]).view(3, 1, 1), torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
-    pixels, aim = torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8)
-    pixels[0, 0, 0, 0], aim[0, 0, 0, 0] = 0, -1                                        # black already, and asked for less
-    aim += 0.2 * (aim - pixels).sign()                                                  # farther than the steps go
-    images, asked = (pixels - mean) / std, []
-
-    def loss(x):
-        asked.append(x.detach() * std + mean)
-        return (x * std + mean - aim).square().sum()
-    moved = lrq.refined(images, loss, mean, std, 2) * std + mean
-    assert torch.allclose(asked[0], pixels, atol=1e-6) and not moved.requires_grad
-    for before, after, step in ((pixels, asked[1], 0.08), (asked[1], moved, 0.04)):                # 8 x 8 pixels
-        assert torch.allclose(after, (before + step * (aim - before).sign()).clamp(0, 1), atol=1e-6)
-    gradient = torch.autograd.grad(loss(images.requires_grad_()), images)[0]
-    asked.clear()
-    assert torch.allclose(lrq.refined(images, loss, mean, std, 2, gradient) * std + mean, moved) and len(asked) == 1
-    assert torch.equal(lrq.refined(images, loss, mean, std, 0), images)
-
-
-def test_the_student_sees_refined_images_in_step_1_and_when_it_learns(teacher, monkeypatch):
-    refined, losses = lrq.refined, []
-
-    def watched(images, loss, mean, std, steps, gradient=None):
-        result = refined(images, loss, mean, std, steps, gradient)
-        if gradient is not None:
-            asked = images.detach().requires_grad_()
-            assert torch.allclose(torch.autograd.grad(loss(asked), asked)[0], gradient, rtol=1e-3, atol=1e-9)
-        seen.append(result)
-        losses.append((loss(images).item(), loss(result).item()))
-        return result
-    monkeypatch.setattr(lrq, "refined", watched)
-    monkeypatch.setattr(lrq, "half_transformed", lambda images: given.append(images) or images)
-    for steps in (0, 3):
-        seen, given = [], []
-        lrq.quantize(teacher, **{**SMALL, "batch_size": 32}, iterations=2, warmup=0.5, precision="float32", refine=steps,
-                     generator_lr=0.0)
-        assert len(seen) == 21 and all(map(torch.equal, seen, given))
-    assert all(after == before for before, after in losses[:21]) and all(after < before for before, after in losses[21:])
-
-
 def test_ce_weight_is_that_of_the_students_cross_entropy(teacher, script, monkeypatch):
     norms, clip, kd_loss = [], nn.utils.clip_grad_norm_, script.kd_loss
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *args: norms.append(clip(*args).item()))
