@@ -98,7 +98,8 @@ def upsampled(conv, x):
 class Generator(nn.Module):
     """G(z, y): noise (B, latent_dim) and labels (B,) -> normalised images (B, C, S, S) with pixels in [0, 1].
 
-    GDFQ's generator (arXiv 2003.03603). An embedding of the label is added to z (GDFQ multiplies, or above 100 classes has
+    GDFQ's generator (arXiv 2003.03603), from S/4 on, from 64 pixels on from S/8 with a narrow stage more, which takes
+    half of the time on a CPU. An embedding of the label is added to z (GDFQ multiplies, or above 100 classes has
     conditional batch norm: see the README); above 100 classes it starts from the teacher's classifier W = class_weight,
     (K, D). The first two numbers of z are also each image's contrast and brightness, in which generated images would
     hardly differ otherwise. Pixels stay in [0, 1]: beyond, the student, whose input is quantized to that range, would see
@@ -107,28 +108,29 @@ class Generator(nn.Module):
 
     def __init__(self, image_size, class_weight, mean, std, latent_dim=100):
         super().__init__()
-        self.latent_dim, self.start_size = latent_dim, image_size // 4
+        widths = (128, 128, 64, 32) if image_size >= 64 and image_size % 8 == 0 else (128, 128, 64)
+        self.latent_dim, self.start_size = latent_dim, image_size // 2 ** (len(widths) - 1)
         self.embedding = nn.Embedding(len(class_weight), latent_dim)
         if len(class_weight) > 100:
             self.embedding.weight.data.copy_(class_codes(class_weight, latent_dim))
-        self.linear = nn.Linear(latent_dim, 128 * self.start_size ** 2)
-        self.norm0 = nn.BatchNorm2d(128)
-        self.conv1, self.norm1 = nn.Conv2d(128, 128, 3, padding=1), nn.BatchNorm2d(128)
-        self.conv2, self.norm2 = nn.Conv2d(128, 64, 3, padding=1), nn.BatchNorm2d(64)
-        self.conv3, self.norm3 = nn.Conv2d(64, len(mean), 3, padding=1), nn.BatchNorm2d(len(mean), affine=False)
+        self.linear = nn.Linear(latent_dim, widths[0] * self.start_size ** 2)
+        self.norm0 = nn.BatchNorm2d(widths[0])
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in itertools.pairwise(widths))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(o) for o in widths[1:])
+        self.last_conv, self.last_norm = nn.Conv2d(widths[-1], len(mean), 3, padding=1), nn.BatchNorm2d(len(mean), affine=False)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
     def forward(self, z, labels):
         contrast, brightness = (z[:, i].view(-1, 1, 1, 1) for i in (0, 1))
-        x = self.linear(z + self.embedding(labels)).view(len(z), self.start_size, self.start_size, 128)
-        x = x.permute(0, 3, 1, 2)                                                       # (B, 128, S/4, S/4)
+        x = self.linear(z + self.embedding(labels)).view(len(z), self.start_size, self.start_size, -1)
+        x = x.permute(0, 3, 1, 2)                                                       # (B, 128, S/4, S/4), or S/8
         x = self.norm0(x)
-        x = F.leaky_relu(self.norm1(upsampled(self.conv1, x)), 0.2)                     # (B, 128, S/2, S/2)
-        x = F.leaky_relu(self.norm2(upsampled(self.conv2, x)), 0.2)                     # (B, 64, S, S)
-        x = torch.tanh(self.conv3(x).float())                                           # (B, C, S, S)
+        for conv, norm in zip(self.convs, self.norms):
+            x = F.leaky_relu(norm(upsampled(conv, x)), 0.2)                             # twice as high and wide
+        x = torch.tanh(self.last_conv(x).float())                                       # (B, C, S, S)
         # 0.3 and 0.35: about as far as real CIFAR-10 images differ; 0.5 and 0.25: about what photographs have, all together.
-        pixels = (0.5 + 0.25 * self.norm3((0.3 * contrast).exp() * x + 0.35 * brightness)).clamp(0, 1)
+        pixels = (0.5 + 0.25 * self.last_norm((0.3 * contrast).exp() * x + 0.35 * brightness)).clamp(0, 1)
         return (pixels - self.mean) / self.std
 
 

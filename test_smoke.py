@@ -746,16 +746,16 @@ NORMALISATION = [0.5] * 3, [0.25] * 3  # mean, std
 
 
 @pytest.mark.parametrize("loss", ("ama", "bns", "sfda"))
-@pytest.mark.parametrize("num_classes", (7, 200))
-def test_generator_losses_train_every_parameter_of_the_generator(loss, num_classes):
+@pytest.mark.parametrize("num_classes, size, start", ((7, 16, 4), (200, 64, 8), (7, 68, 17)))
+def test_generator_losses_train_every_parameter_of_the_generator(loss, num_classes, size, start):
     script = clusterq if loss == "sfda" else lrq
     teacher = Odd()
     teacher.head = nn.Linear(12, num_classes)
     teacher.eval().requires_grad_(False)
-    generator = script.Generator(16, teacher.head.weight, *NORMALISATION)
+    generator = script.Generator(size, teacher.head.weight, *NORMALISATION)
     z, labels = torch.randn(8, generator.latent_dim), torch.randint(num_classes, (8,))
     images = generator(z, labels)
-    assert images.shape == (8, 3, 16, 16)
+    assert images.shape == (8, 3, size, size) and generator.start_size == start
     logits, features, norms, inputs = script.teacher_forward(teacher, teacher.head, images)
     if loss == "ama":
         value = F.cross_entropy(lrq.ama_logits(features, teacher.head.weight, teacher.head.bias, labels, 0.2), labels)
