@@ -98,8 +98,8 @@ def upsampled(conv, x):
 class Generator(nn.Module):
     """G(z, y): noise (B, latent_dim) and labels (B,) -> normalised images (B, C, S, S) with pixels in [0, 1].
 
-    GDFQ's generator (arXiv 2003.03603), from S/4 on, from 64 pixels on from S/8 with a narrow stage more, which takes
-    half of the time on a CPU. An embedding of the label is added to z (GDFQ multiplies, or above 100 classes has
+    GDFQ's generator (arXiv 2003.03603), from S/4 on, for multiples of 8 from 64 on from S/8 with a narrow stage more,
+    which takes half of the time on a CPU. An embedding of the label is added to z (GDFQ multiplies, or above 100 classes has
     conditional batch norm: see the README); above 100 classes it starts from the teacher's classifier W = class_weight,
     (K, D). The first two numbers of z are also each image's contrast and brightness, in which generated images would
     hardly differ otherwise. Pixels stay in [0, 1]: beyond, the student, whose input is quantized to that range, would see
