@@ -13,11 +13,12 @@ Result (README): ResNet-20 on CIFAR-10, 2-bit weights and 4-bit activations, 400
 +- 0.3 % top-1 of 88.0, where plain quantization leaves 29.3; three to five minutes on one CPU core.
 
 The algorithm, as numbered in quantize():
- 1. Once, after the generator's warm-up, by its images: each class's centroid; the ranges of Q's activations, of which each
-    channel of a depthwise or 1 x 1 convolution's input is made to use more; then, with half of the images mirrored, magnified
-    and shifted at random, what rounded weights do to the mean and the spread of each channel, for which Q's batch norms are
-    corrected; and, layer after layer, Q's weights, moved so that they make up for rounding errors, with the batch norms
-    corrected once more.
+ 1. Once, between G's warm-up and Q's first step, by 20 batches of G's images, of which each class gets its centroid:
+    a. the ranges of Q's activations are observed; Q as it is then is plain quantization;
+    b. each channel of a depthwise or 1 x 1 convolution's input is multiplied to use more of the range that all share;
+    c. half of the images mirrored, magnified and shifted at random from here on, Q's batch norms are corrected for what
+       rounded weights do to the mean and the spread of each channel;
+    d. layer after layer, Q's weights are moved so that they make up for rounding errors, and batch norms corrected again.
  2. Draw noise z and labels y, and images x = G(z, y) from them.
  3. Generator step on L_G = L_CE + a L_BNS + b L_SFDA, through the frozen P; G learns alone, without L_SFDA, at first.
  4. The centroids follow the images as exponential moving averages.
@@ -83,7 +84,7 @@ def class_codes(class_weight, latent_dim):
     """
     rows = class_weight.float().cpu()
     u, s, _ = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
-    codes = F.pad(u * s, (0, latent_dim - len(s)))                                      # or cropped, if D is larger
+    codes = F.pad(u * s, (0, latent_dim - len(s)))                                      # or cropped, if longer
     return 10 * codes / codes.square().mean().sqrt().clamp(min=1e-12)
 
 
@@ -141,10 +142,10 @@ def half_transformed(images):
     Generated images have few layouts, the same place always filled alike. The teacher has to be asked what it sees now.
     """
     x = images[len(images) // 2:]
-    zoom = torch.empty(len(x), device=x.device).uniform_(math.log(1 / 2.5), math.log(1 / 0.5)).exp()
+    scale = torch.empty(len(x), device=x.device).uniform_(math.log(1 / 2.5), math.log(1 / 0.5)).exp()  # below 1 magnifies
     theta = torch.zeros(len(x), 2, 3, device=x.device)                                  # where a pixel comes from
-    theta[:, 0, 0] = torch.where(torch.rand_like(zoom) < 0.5, zoom, -zoom)
-    theta[:, 1, 1] = zoom
+    theta[:, 0, 0] = torch.where(torch.rand_like(scale) < 0.5, scale, -scale)
+    theta[:, 1, 1] = scale
     theta[:, :, 2].uniform_(-1, 1)                                                      # 2 is the whole image
     grid = F.affine_grid(theta, x.shape, align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
@@ -293,9 +294,9 @@ class Watched(nn.Module):
         return logits
 
     def separability(self):
-        """(ratio, ratio, spread) of the images seen: variance between classes over variance within, summed over
-        features, at the last batch norm's input (each image's channel means) and at the classifier's; and the standard
-        deviation within a class at the latter, a feature. The class is the teacher's first choice."""
+        """Of the images seen, three numbers: variance between classes over variance within, summed over features, at the last
+        batch norm's input (each image's channel means) and at the classifier's; and at the latter the standard deviation
+        within a class, a feature. The class is the teacher's first choice."""
         classes, *places = (torch.cat(values).cpu() for values in zip(*self.kept))
         ratios = []
         for features in places:
@@ -346,33 +347,38 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
              separability=False, resume=False, checkpoint_every=60, about=None):
     """Quantize a trained classifier without its data. Returns (student, result).
 
-    teacher: any nn.Module, (B, C, S, S) -> (B, num_classes), with BatchNorm2d; it is left as it is. image_size: S, a
-    multiple of 4, 8 at least. w_bits, a_bits: 2 to 8. mean, std: the teacher's normalisation, one number a channel, of pixels in
-    [0, 1]. evaluate: a function of a model, on `device`, that returns its top-1 in percent, or a dict of numbers that has it as
-    "top1", all of which the result will have; or None. out: a folder for result.json, student.pt, checkpoint.pt, samples.png and
-    log.csv, or None. classifier: the name of the teacher's last layer, found by itself if None. resume: go on from the checkpoint
-    in `out`. about: further settings to record in the files. The rest are the flags of the same names (`python clusterq.py
-    --help`). The student is in evaluation mode, ready to use or to train on; `quant.pack` gives its integers. The result is the
-    dict that result.json holds.
+    teacher: any nn.Module, (B, C, S, S) -> (B, num_classes), with BatchNorm2d; left as it is. Its hooks do not run.
+    image_size: S, a multiple of 4, 8 at least.
+    w_bits, a_bits: 2 to 8.
+    mean, std: the teacher's normalisation, one number a channel, of pixels in [0, 1].
+    evaluate: a function of a model, on `device`, that returns its top-1 in percent, or a dict of numbers that has it as
+        "top1" (and no "agreement"), all of which the result will have; or None.
+    out: a folder for result.json, student.pt, checkpoint.pt, samples.png and log.csv, or None.
+    classifier: the name of the teacher's last layer, found by itself if None.
+    resume: go on from the checkpoint in `out`.
+    about: further settings to record in the files.
+    The rest are the flags of the same names (`python clusterq.py --help`).
+
+    The student is in evaluation mode, ready to use or to train on; `quant.pack` gives its integers. The result is the dict
+    that result.json holds.
     Raises BadInput, a ValueError, for settings or a teacher that cannot be used, before any long work (and quantize_model's
     TypeError). It seeds torch's random numbers and sets cuDNN's flags.
     """
     settings = check_settings(locals())
-    few = num_classes <= 100  # classes; other defaults for more
+    few = num_classes <= 100  # few classes; other defaults for more
     # In a longer run the student's steps are shorter, or it ends farther from its teacher on real images (README).
     shorter = min(1, (1000 if few else 4000) / iterations) ** 0.5
     defaults = {"student_lr": (3e-3 if few else 1e-3) * shorter, "norm_lr": 1e-2 * shorter,
                 "bns_weight": 1.0 if few else 100.0, "ce_weight": 1.0 if few else 0.0}
     settings.update((name, value) for name, value in defaults.items() if settings[name] is None)
-    mean, std, generator_lr, student_lr, norm_lr, bns_weight, ce_weight = (
-        settings[name] for name in ("mean", "std", "generator_lr", *defaults))
+    student_lr, norm_lr, bns_weight, ce_weight = (settings[name] for name in defaults)  # in their order above
+    mean, std, generator_lr = (settings[name] for name in ("mean", "std", "generator_lr"))
     device, dtype = choose_device(device, precision)
     settings["precision"] = str(dtype).removeprefix("torch.")
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     teacher, layer, norms = prepare_teacher(teacher, image_size, num_classes, len(mean), classifier, device)
     constants = layer_constants(norms)                                                  # mu, var, s, weight: (C,)
-    first = (len(norms) + 1) // 2 - 2 if first_layer is None else first_layer           # l0
-    first = max(first, 0)
+    first = max(0, (len(norms) + 1) // 2 - 2) if first_layer is None else first_layer   # l0
     if first >= len(norms):
         raise BadInput(f"--first-layer {first}: the teacher has {len(norms)} batch-norm layers, choose a smaller number")
     _, _, units, channel_weight = layer_constants(norms[first:])                        # of the semantic layers
@@ -390,10 +396,8 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
     with Run(settings, teacher, student, generator, device, evaluate, out, resume, checkpoint_every, centroids=centroids,
              generator_optimizer=generator_optimizer, student_optimizer=student_optimizer) as run:
         def calibrate():
-            """Step 1. Once, after the generator's warm-up, by its images: each class's centroid; activation ranges, after
-            which plain quantization is measured; how large each channel of some inputs is; and, half of the images
-            transformed, what rounding did: to each channel's mean and spread, and to each layer's output."""
-            observe(student)
+            """Step 1, once, by generated images."""
+            observe(student)  # a, and the centroids
             batches = []
             with torch.no_grad():
                 for _ in range(20):
@@ -407,10 +411,10 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
             freeze(student)
             run.measure("ptq")
             print("\nmaking up for rounding errors, layer after layer, before the student learns", flush=True)
-            equalize_channels(student, teacher, batches)
+            equalize_channels(student, teacher, batches)  # b
             batches = [half_transformed(images) for images in batches]
-            correct_batch_norm(observe(student), teacher, batches)  # activations in float; their ranges go on moving
-            compensate_rounding(freeze(student), teacher, batches)  # and quantized; it corrects batch norms too
+            correct_batch_norm(observe(student), teacher, batches)  # c, activations in float; their ranges go on moving
+            compensate_rounding(freeze(student), teacher, batches)  # d, activations quantized
 
         def iteration(learns):
             """Steps 2 to 5; learns: whether the student does, or the generator alone. Returns the losses by name."""
@@ -433,7 +437,7 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
                 if variance and not fresh_noise:
                     loss_sfda = spread_loss(*statistics, *targets, channel_weight, seen, noise)
                 else:
-                    targets = [target + intra_class_noise(target, noise * variance) for target in targets]
+                    targets = [target + intra_class_noise(target, noise if variance else 0.0) for target in targets]
                     loss_sfda = sfda_loss(*statistics, *targets, channel_weight, seen)
                 loss, losses["L_SFDA"] = loss + sfda_weight * loss_sfda, loss_sfda.detach()
             generator_optimizer.zero_grad()
@@ -497,6 +501,8 @@ def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, ite
 # ================================================================================================ shared plumbing: begin
 # Repeated byte for byte in lrq.py and clusterq.py (a test compares them): teachers, data, files, progress, common flags.
 
+# ------------------------------------------------------------------------------------------------ settings
+
 class BadInput(ValueError):
     """Something that the user gave cannot be used; the message is one line that says what and what to do."""
 
@@ -543,14 +549,14 @@ NOT_SETTINGS = ("teacher", "device", "evaluate", "out", "resume", "checkpoint_ev
 
 def check_settings(arguments):
     """Of quantize's arguments, those that the result depends on. Raises BadInput for one that cannot be used."""
-    arguments = {name: value if name == "teacher" else python_values(value) for name, value in arguments.items()}
+    arguments = python_values({**arguments, "teacher": None})
     for name, (will_do, choose) in {**COMMON_RULES, **RULES}.items():
         with contextlib.suppress(TypeError):
             if will_do(arguments[name]):
                 continue
         flag = {"w_bits": "--w", "a_bits": "--a"}.get(name, "--" + name.replace("_", "-"))
-        if name in ("image_size", "num_classes", "mean", "std", "evaluate", "about") or (will_do, choose) == YES_OR_NO:
-            flag = name  # wrong in Python alone
+        if name in ("image_size", "num_classes", "mean", "std", "evaluate", "about") or choose == YES_OR_NO[1]:
+            flag = name  # these have no flag, or one without a value
         raise BadInput(f"{flag} {arguments[name]!r}: choose {choose}")
     if len(arguments["mean"]) != len(arguments["std"]):
         raise BadInput(f"mean has {len(arguments['mean'])} channels and std has {len(arguments['std'])}: give one number each")
@@ -559,6 +565,8 @@ def check_settings(arguments):
     return {**json.loads(json.dumps(arguments["about"] or {})), "method": METHOD,
             **{key: value for key, value in arguments.items() if key not in NOT_SETTINGS}}
 
+
+# ------------------------------------------------------------------------------------------------ teachers and images
 
 # name: (mean, std, image size, classes, default iterations, default batch size)
 DATASETS = {
@@ -623,11 +631,12 @@ def shapes_teacher():
     """The demonstration's teacher: a ResNet-8 trained on 8,000 drawn pictures from a fixed seed, cached by torch.hub."""
     cache = Path(torch.hub.get_dir()) / "checkpoints" / "zsq_shapes_resnet8_v3.pt"
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = CifarResNet(1, 10).to(memory_format=torch.channels_last)
         with contextlib.suppress(Exception):  # not there, or not whole: train it
+            model = CifarResNet(1, 10).to(memory_format=torch.channels_last)
             model.load_state_dict(torch.load(cache, weights_only=True))
             return model.eval()
+        torch.manual_seed(0)
+        model = CifarResNet(1, 10).to(memory_format=torch.channels_last)  # anew: what did not fit may have loaded in part
         mean, std, *_ = DATASETS["shapes"]
         images, labels = draw_shapes(8000, seed=0)
         images = ((images - mean[0]) / std[0]).contiguous(memory_format=torch.channels_last)
@@ -655,9 +664,9 @@ def shapes_teacher():
 def build_teacher(arch, dataset):
     """The untrained network: (model, image size, mean, std, preprocessing of its test images, published weights)."""
     mean, std, size, num_classes, *_ = DATASETS[dataset]
-    published, preprocess = None, transforms.Compose([
-        transforms.Resize(256 if size == 224 else size), transforms.CenterCrop(size), transforms.ToTensor(),
-        transforms.Normalize(mean, std)])
+    published = CIFAR_WEIGHTS.get(dataset) if arch == "resnet20" else None
+    preprocess = transforms.Compose([transforms.Resize(256 if size == 224 else size), transforms.CenterCrop(size),
+                                     transforms.ToTensor(), transforms.Normalize(mean, std)])
     if arch in ("shapes", "resnet20"):
         model = CifarResNet(1 if arch == "shapes" else 3, num_classes)
     else:
@@ -682,14 +691,14 @@ def load_teacher(args, model, published):
         load_weights(model, args.weights, args.arch, args.dataset)
     elif args.arch == "shapes":
         model = shapes_teacher()
-    elif not published and (args.arch != "resnet20" or args.dataset not in CIFAR_WEIGHTS):
+    elif published is None:
         raise BadInput(f"no weights are published for --arch {args.arch} on {args.dataset}: give --weights FILE")
     else:
         try:
-            state = (models.get_model(args.arch, weights=published).state_dict() if published else  # some rename their keys
-                     torch.hub.load_state_dict_from_url(
-                         CIFAR_WEIGHTS[args.dataset], map_location="cpu", check_hash=True, weights_only=True))
-            model.load_state_dict(state, strict=not published)  # a published GoogLeNet has no auxiliary heads
+            cifar = args.arch == "resnet20"
+            state = (torch.hub.load_state_dict_from_url(published, map_location="cpu", check_hash=True, weights_only=True)
+                     if cifar else models.get_model(args.arch, weights=published).state_dict())  # some rename their keys
+            model.load_state_dict(state, strict=cifar)  # a published GoogLeNet has no auxiliary heads
         except (OSError, RuntimeError) as error:
             raise BadInput(f"the weights of {args.arch} could not be fetched ({first_line(error)}): "
                            "--weights FILE takes a state dict that you have") from error
@@ -708,7 +717,7 @@ def load_weights(model, file, arch, dataset):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise BadInput(f"--weights {file} holds no state dict: save one with torch.save(model.state_dict(), FILE)")
-    wanted = model.state_dict()  # which knows the versions of its modules; all but counts of batches must be in the file
+    wanted = model.state_dict()  # keeps the versions of its modules; all but counts of batches must be in the file
     for key in list(wanted):
         if not key.endswith("num_batches_tracked"):
             del wanted[key]
@@ -744,14 +753,15 @@ def prepare_teacher(teacher, image_size, num_classes, channels, classifier, devi
         raise BadInput(f"torch's default dtype is {torch.get_default_dtype()}: set it back to torch.float32")
     if not torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
         raise BadInput("quantize trains: call it outside of torch.no_grad(), torch.inference_mode() and torch.autocast()")
+    if any(module._forward_hooks or module._forward_pre_hooks for module in teacher.modules()):
+        print("the teacher's hooks do not run here: if they change what it gives, put that into its forward", flush=True)
     noise = torch.randn(2, channels, image_size, image_size, device="cpu", generator=torch.Generator().manual_seed(0))
-    images = noise.to(device, copy=True)
+    images = noise.to(device).requires_grad_() * 1  # with gradient, as generated ones
     try:
         teacher = copy_without_hooks(teacher).float().eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
         layer = find_classifier(teacher, num_classes, classifier)
-        with torch.no_grad():
-            logits, features, norms, _ = teacher_forward(teacher, layer, images)
-            again = F.linear(features, layer.weight.flatten(1), layer.bias)
+        logits, features, norms, inputs = teacher_forward(teacher, layer, images)
+        again = F.linear(features, layer.weight.flatten(1), layer.bias)
     except (BadInput, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -761,7 +771,10 @@ def prepare_teacher(teacher, image_size, num_classes, channels, classifier, devi
                        "or .flatten, not .view, since tensors are channels-last") from error
     for wrong, what in (
             (not norms, "has no BatchNorm2d with running statistics, which the method needs: convert those of other kinds"),
+            (any(len(h) != 2 for h in inputs), "has a batch norm that sees other than one map an image (patches, say), which the "
+             "method cannot compare with its statistics"),
             (not torch.equal(images.cpu(), noise), "changes its images in place, and the student sees them after it: clone them"),
+            (not logits.requires_grad, "gives no gradient to its images: take torch.no_grad() or inference_mode() out of its forward"),
             (logits.shape != (2, num_classes), f"gives outputs of shape {tuple(logits.shape)} for two images: check num_classes"),
             (not logits.isfinite().all(), "gives NaN or infinite outputs for images of plain noise: check its weights"),
             (again.shape != logits.shape or not (again - logits).abs().max() <= 2e-3 * logits.abs().max(),
@@ -787,9 +800,8 @@ def load_images(args, preprocess):
     if not args.data:
         return None
     root = Path(args.data)
-    archive, cifar = {"cifar10": ("cifar-10-batches-py", datasets.CIFAR10),
-                      "cifar100": ("cifar-100-python", datasets.CIFAR100)}.get(args.dataset, ("", None))
-    unpacked = cifar is not None and os.path.isdir(root / archive)
+    cifar = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}.get(args.dataset)
+    unpacked = cifar is not None and os.path.isdir(root / cifar.base_folder)
     folder = root if unpacked else next((root / name for name in ("val", "test") if os.path.isdir(root / name)), root)
     try:
         dataset = (cifar(root, train=False, transform=preprocess) if unpacked else
@@ -840,6 +852,8 @@ def figures_on(batches, model, teacher, device):
     right, same, divergence = sums.tolist()
     return {"top1": 100 * right / count, "real_agreement": 100 * same / count, "divergence": divergence / count}
 
+
+# ------------------------------------------------------------------------------------------------ device and files
 
 def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -925,6 +939,8 @@ def peak_memory_mb(device):
         return None
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3))
 
+
+# ------------------------------------------------------------------------------------------------ the run
 
 class Progress:
     """One line that says how far a loop is: refreshed in a terminal, a plain line every ten seconds in a log."""
@@ -1062,7 +1078,8 @@ class Run:
             for key, value in row.items():
                 if not math.isfinite(value):
                     raise BadInput(f"{key} is {value} at iteration {step}: lower --generator-lr, --student-lr or --norm-lr")
-            self.rows += [row] if log else []
+            if log:
+                self.rows.append(row)
         if save:
             self.save()
         if step == iterations:  # what follows is measuring
@@ -1079,9 +1096,10 @@ class Run:
             with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                 measured = python_values(self.evaluate(model))
             figures = measured if isinstance(measured, dict) else {"top1": measured}
-            if not all(isinstance(v, (int, float)) for v in figures.values()) or not 0 <= figures.get("top1", -1) <= 100:
+            if (not all(isinstance(v, (int, float)) for v in figures.values()) or not 0 <= figures.get("top1", -1) <= 100
+                    or "agreement" in figures):
                 raise BadInput(f"evaluate returns {measured!r}: it has to return a model's top-1 in percent, 0 to 100, or a dict of "
-                               "numbers that has it as top1")
+                               "numbers that has it as top1 (and no agreement: that is on generated images)")
             self.figures.update({f"{name}_{key}": float(value) for key, value in figures.items()})
             model.eval()  # whatever mode `evaluate` leaves it in
         if name != "fp":
@@ -1187,7 +1205,8 @@ class Run:
             with atomically(self.out / "student.pt") as path:
                 path.write_bytes(files[1].getbuffer())
             with atomically(self.out / "result.json") as path:
-                path.write_text(json.dumps(result, indent=2) + "\n")
+                valid = json.loads(json.dumps(result), parse_constant=lambda name: None)  # NaN and Infinity are no JSON
+                path.write_text(json.dumps(valid, indent=2) + "\n")
             if len(self.settings["mean"]) in (1, 3):  # what a picture can show
                 self.save_samples()
         w, a = self.settings["w_bits"], self.settings["a_bits"]
@@ -1202,6 +1221,8 @@ class Run:
                   f"{METHOD} {result['q_agreement']:.1f} %  {smaller}")
         return result
 
+
+# ------------------------------------------------------------------------------------------------ the command line
 
 def evaluate_student(args):
     """--evaluate: measure a packed student again on test images; nothing is trained."""
@@ -1257,9 +1278,8 @@ def command_line(parser, argv):
     def error(message):
         raise BadInput(f"{message} (--help explains the flags)")
     parser.error = error
-    defaults = {name: value.default for name, value in inspect.signature(quantize).parameters.items()
-                if value.default is not inspect.Parameter.empty}
-    parser.set_defaults(**defaults)
+    parameters = inspect.signature(quantize).parameters
+    parser.set_defaults(**{name: value.default for name, value in parameters.items() if value.default is not value.empty})
     args = parser.parse_args(argv)
     if args.evaluate is not None:
         return evaluate_student(args)
@@ -1275,11 +1295,10 @@ def command_line(parser, argv):
     for name, default in (("w_bits", bits), ("a_bits", bits), ("iterations", iterations), ("batch_size", batch_size)):
         if getattr(args, name) is None:
             setattr(args, name, default)
-    out = args.out or os.path.join("out", f"{METHOD.lower()}-{args.arch}-w{args.w_bits}a{args.a_bits}-seed{args.seed}")
+    args.out = args.out or os.path.join("out", f"{METHOD.lower()}-{args.arch}-w{args.w_bits}a{args.a_bits}-seed{args.seed}")
     model, image_size, mean, std, preprocess, published = build_teacher(args.arch, args.dataset)
-    options = {name: getattr(args, name, default) for name, default in defaults.items()} | dict(
-        image_size=image_size, num_classes=num_classes, w_bits=args.w_bits, a_bits=args.a_bits, mean=mean, std=std,
-        iterations=args.iterations, batch_size=args.batch_size, out=out, about={"arch": args.arch, "dataset": args.dataset})
+    options = {name: value for name, value in vars(args).items() if name in parameters} | dict(
+        image_size=image_size, num_classes=num_classes, mean=mean, std=std, about={"arch": args.arch, "dataset": args.dataset})
     check_settings(options)
     device, _ = choose_device(args.device, args.precision)
     images, teacher = load_images(args, preprocess), load_teacher(args, model, published)

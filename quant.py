@@ -262,7 +262,7 @@ def integer_weight(layer):
     scale, zero_point, *bounds = weight_qparams(layer)
     scale, zero_point = (broadcast_along(values, layer.weight, 0) for values in (scale, zero_point))
     if layer.input_quantizer.factor.numel():  # this runs in each forward pass
-        scale = scale * weight_factor(layer)
+        scale = (scale * weight_factor(layer)).clamp(min=torch.finfo(torch.float32).tiny)  # 1 / scale stays finite
     return quantize_tensor(layer.weight, scale, zero_point, *bounds)
 
 
@@ -301,7 +301,7 @@ def quantize_model(model, w_bits, a_bits, symmetric=False, input_bits=8, input_r
     for name, module in list(student.named_modules()):
         kind = type(module)
         if isinstance(module, nn.BatchNorm2d) and not isinstance(module, FrozenBatchNorm2d):
-            # A subclass keeps its forward, which may hold an activation.
+            # A subclass keeps its forward, which may hold an activation (torch.save then takes pack's dict alone, no model).
             module.__class__ = FrozenBatchNorm2d if kind is nn.BatchNorm2d else type(kind.__name__, (FrozenBatchNorm2d, kind), {})
         elif isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # no fast path, which reads its layers' weights without calling them
@@ -328,7 +328,8 @@ def input_quantizers(model):
 
 
 def observe(model):
-    """From here on activations pass in float, and their ranges are tracked. Returns the model."""
+    """From here on activations pass in float, and their ranges are tracked. Returns the model, which is to be called itself:
+    parts of it, or its forward alone, do not say where a forward pass begins."""
     for quantizer in input_quantizers(model).values():
         quantizer.observing = True
     return model
@@ -366,7 +367,8 @@ def feeding_batch_norms(model):
             while passes(source) and len(source.users) == 1:
                 source = source.all_input_nodes[0]
             norm = modules.get(source.target) if source.op == "call_module" else None
-            if (isinstance(norm, nn.BatchNorm2d) and norm.affine and len(source.users) == runs[source.target] == 1
+            if (isinstance(norm, nn.BatchNorm2d) and norm.affine and norm.num_features == layer.in_channels
+                    and len(source.users) == runs[source.target] == 1
                     and runs[node.target] == 1 and all(owners[id(p)] == 1 for p in (layer.weight, norm.weight, norm.bias))):
                 pairs[node.target] = source.target
     return pairs

@@ -401,6 +401,25 @@ def test_a_forward_that_cannot_be_traced_and_shared_weights_are_left_alone():
         assert same(before, state_bytes(quant.equalize_channels(student, teacher, [images])))
 
 
+def test_a_batch_norm_of_other_channels_than_the_convolution_s_input_cannot_hold_their_factors():
+    class Widened(nn.Sequential):
+        def forward(self, x):
+            return self[2](F.pad(self[1](self[0](x)), (0, 0, 0, 0, 2, 2)))
+    for extra, pairs in ((4, {}), (0, {"2": "1"})):
+        teacher = (Widened if extra else nn.Sequential)(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6 + extra, 6 + extra, 3, groups=6 + extra))
+        assert quant.feeding_batch_norms(teacher.eval()) == pairs
+
+
+def test_a_filter_of_zeros_stays_zero_where_its_channel_has_a_small_factor():
+    teacher = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 3, groups=3, bias=False))
+    teacher[1].weight.data[1] = 0
+    student, images = calibrated(teacher, images=torch.randn(4, 3, 8, 8)), torch.randn(4, 3, 8, 8)
+    student[1].input_quantizer.factor = torch.full((3,), 1 / 8)
+    quant.set_grid(student[1])
+    out = student(images)
+    assert out.isfinite().all() and (out[:, 1] == 0).all() and (out[:, 0] != 0).any()
+
+
 def test_correction_bounds_what_a_channel_without_spread_is_multiplied_by():
     teacher = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)).eval()
     student = quant.observe(calibrated(teacher))
@@ -963,11 +982,14 @@ def teacher():
     return Odd().eval()
 
 
-def test_quantize_leaves_the_teacher_as_it_is(teacher, script):
+def test_quantize_leaves_the_teacher_as_it_is(teacher, script, capsys):
     before = state_bytes(teacher)
+    script.quantize(teacher, **SMALL, iterations=1)
     teacher.train()
+    assert "hooks" not in capsys.readouterr().out
     teacher.bn.register_forward_hook(lambda *_: pytest.fail("a hook of the user's was called"))
     student, result = script.quantize(teacher, **SMALL, iterations=4)
+    assert "the teacher's hooks do not run here" in capsys.readouterr().out
     assert same(before, state_bytes(teacher)) and teacher.training and len(teacher.bn._forward_hooks) == 1
     assert not torch.equal(student.stem.weight, teacher.stem.weight)
     assert 0 <= result["ptq_agreement"] <= 100 and "q_top1" not in result
@@ -1118,6 +1140,12 @@ def test_evaluate_may_return_several_figures(teacher, script):
     assert [[result[f"{name}_{key}"] for name in ("fp", "ptq", "q")] for key in ("top1", "top5")] == [[50.0] * 3, [75.0] * 3]
     _, result = script.quantize(teacher, **SMALL, iterations=4, evaluate=lambda model: {"top1": 50, "divergence": 0.1})
     assert result["q_divergence"] == 0.1 and "q_real_agreement" not in result           # one of what the commands measure
+
+
+def test_a_figure_that_is_no_number_leaves_result_json_valid(teacher, tmp_path, script):
+    _, result = script.quantize(teacher, **SMALL, iterations=4, evaluate=lambda model: {"top1": 5, "loss": math.inf}, out=tmp_path)
+    written = json.loads((tmp_path / "result.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert result["q_loss"] == math.inf and written["q_loss"] is None and written["q_top1"] == 5
 
 
 def test_figures_on_real_images_are_those_of_their_definitions(script):
@@ -1386,6 +1414,7 @@ def test_a_stop_in_the_first_measurement_is_at_once_and_leaves_the_signals_as_th
     (dict(w_bits="4"), "^--w '4': choose 2 to 8 bits"), (dict(evaluate=0.9), "^evaluate 0.9: choose a function"), (dict(evaluate=lambda model: None), "evaluate returns None"),
     (dict(evaluate=lambda model: math.nan), "evaluate returns nan"), (dict(evaluate=lambda model: 101), "evaluate returns 101"), (dict(about=["a"]), "^about"),
     (dict(evaluate=lambda model: {"top5": 9.0}), "has it as top1"), (dict(evaluate=lambda model: {"top1": 9.0, "which": "a"}), "dict of numbers"),
+    (dict(evaluate=lambda model: {"top1": 9.0, "agreement": 9.0}), "no agreement"),
     (dict(symmetric="no"), "^symmetric 'no': choose True or False"), (dict(resume=1), "^resume 1: choose True"), (dict(student_lr=float("inf")), "student-lr"), (dict(out="/dev/null/x"), "/dev/null/x")))
 def test_quantize_refuses_what_it_cannot_use(teacher, change, message, script):
     teacher.unused = nn.Linear(12, 9)
@@ -1424,7 +1453,31 @@ class Normalises(Odd):
         return super().forward(x.sub_(0.5))
 
 
-@pytest.mark.parametrize("kind, message", ((Several, "'tuple' object.*return logits alone"), (Sized, "32 x 32 images only"), (Normalises, "in place")))
+class WithoutGradient(Odd):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+class ForInference(Odd):
+    @torch.inference_mode()
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Patches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.head = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Linear(6, 7)
+
+    def forward(self, x):
+        x = self.bn(self.conv(x.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 8, 8)))
+        return self.head(x.mean((2, 3)).view(-1, 4, 6).mean(1))
+
+
+@pytest.mark.parametrize("kind, message", (
+    (Several, "'tuple' object.*return logits alone"), (Sized, "32 x 32 images only"), (Normalises, "in place"),
+    (WithoutGradient, "no gradient"), (ForInference, "no gradient"), (Patches, "other than one map an image")))
 def test_a_teacher_that_cannot_be_run_as_it_must_is_refused(kind, message, script):
     with pytest.raises(script.BadInput, match=message):
         script.quantize(kind(), **SMALL, iterations=4)
@@ -1692,6 +1745,17 @@ def test_progress_is_one_line_in_a_terminal_and_plain_lines_in_a_log(monkeypatch
         text = stream.getvalue()
         assert text.count("L_AMA 0.5000") == 3 and "left" in text and ("\r" in text) == terminal
         assert text.count("\n") == (1 if terminal else 3)
+
+
+def test_a_cached_teacher_that_does_not_fit_is_trained_as_if_there_were_none(tmp_path, monkeypatch, script):
+    drawn, file = script.draw_shapes, tmp_path / "hub" / "checkpoints" / "zsq_shapes_resnet8_v3.pt"
+    monkeypatch.setattr(script, "draw_shapes", lambda count, seed: drawn(200, seed))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    first = state_bytes(script.shapes_teacher())
+    assert same(first, state_bytes(script.shapes_teacher()))                            # from the cache
+    spoiled = {key: torch.ones_like(value) for key, value in torch.load(file).items()}
+    torch.save({**spoiled, "fc.weight": torch.ones(3, 64)}, file)                       # of other classes
+    assert same(first, state_bytes(script.shapes_teacher()))
 
 
 # ------------------------------------------------------------------------------------------------ README and the rest
