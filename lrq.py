@@ -712,7 +712,7 @@ def prepare_teacher(teacher, image_size, num_classes, channels, classifier, devi
     if any(module._forward_hooks or module._forward_pre_hooks for module in teacher.modules()):
         print("the teacher's hooks do not run here: if they change what it gives, put that into its forward", flush=True)
     noise = torch.randn(2, channels, image_size, image_size, device="cpu", generator=torch.Generator().manual_seed(0))
-    images = noise.to(device).requires_grad_() * 1  # with gradient, as generated ones
+    images = noise.requires_grad_().to(device, copy=True)  # with gradient, as generated ones
     try:
         teacher = copy_without_hooks(teacher).float().eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
         layer = find_classifier(teacher, num_classes, classifier)

@@ -248,6 +248,8 @@ def set_grid(layer):
     weight = layer.weight.detach() / weight_factor(layer)
     low, high = calculate_range(weight.flatten(1), layer.w_bits, layer.symmetric)
     scale, zero_point, *_ = calculate_qparams(low, high, layer.w_bits, layer.symmetric)
+    if layer.input_quantizer.factor.numel():  # 1 / (scale * factor) stays finite for a filter of zeros too
+        scale = scale.clamp(min=torch.finfo(torch.float32).tiny / layer.input_quantizer.factor.min().clamp(max=1))
     layer.register_buffer("weight_scale", scale)
     layer.register_buffer("weight_zero_point", zero_point)
 
@@ -262,7 +264,7 @@ def integer_weight(layer):
     scale, zero_point, *bounds = weight_qparams(layer)
     scale, zero_point = (broadcast_along(values, layer.weight, 0) for values in (scale, zero_point))
     if layer.input_quantizer.factor.numel():  # this runs in each forward pass
-        scale = (scale * weight_factor(layer)).clamp(min=torch.finfo(torch.float32).tiny)  # 1 / scale stays finite
+        scale = scale * weight_factor(layer)
     return quantize_tensor(layer.weight, scale, zero_point, *bounds)
 
 
