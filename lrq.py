@@ -1,1312 +1,892 @@
 # SPDX-License-Identifier: MIT
 """LRQ: long-range zero-shot generative quantization (arXiv 2211.06816; Neural Networks 166, 2023).
 
-A trained classifier P becomes a low-bit one, Q, without any of its data: a generator G learns to draw images whose
-batch-norm statistics and classes are those that P remembers, and Q learns from P on them.
+A trained classifier P becomes a low-bit one, Q, without any of its data: a generator G learns to
+draw images whose batch-norm statistics and classes are those that P remembers. Q learns from P on
+them.
 
-    python lrq.py                                    # offline demonstration, under three minutes on two CPU cores
-    python lrq.py --arch resnet18 --w 4 --a 4        # an ImageNet network: 80,000 iterations (20 minutes at an H100's rate)
-    python lrq.py --help                             # every flag, its default and where that comes from
+    python lrq.py                               # offline demonstration, a few minutes on two cores
+    python lrq.py --arch resnet18 --w 4 --a 4   # an ImageNet network; for a GPU
+    python lrq.py --help                        # every flag and its default
 
-Result (README): ResNet-20 on CIFAR-10, 2-bit weights and 4-bit activations, 400 iterations of 64 images, three seeds: 85.4
-+- 0.1 % top-1 of 88.0, where plain quantization leaves 29.5; three to five minutes on one CPU core.
+Where each part comes from, and the flag without it:
 
-The algorithm, as numbered in quantize():
- 1. Once, between G's warm-up and Q's first step, by 20 batches of G's images:
-    a. the ranges of Q's activations are observed; Q as it is then is plain quantization;
-    b. each channel of a depthwise or 1 x 1 convolution's input is multiplied to use more of the range that all share;
-    c. half of the images mirrored, magnified and shifted at random from here on, Q's batch norms are corrected for what
-       rounded weights do to the mean and the spread of each channel;
-    d. layer after layer, Q's weights are moved so that they make up for rounding errors, and batch norms corrected again.
- 2. Draw noise z and labels y, and images x = G(z, y) from them.
- 3. Generator step on L_G = L_AMA + a L_BNS, through the frozen P; G learns alone at first.
- 4. Student step on the same images, half of them transformed as in 1: L_Q = c CE(Q(x), y) + L_DKD, CE only where P sees y
-    in x, and c = 0 above 100 classes. Batch norms and biases learn at a higher rate than weights; up to 100 classes, after
-    each step, all go back by a share of the way towards what 1 gave.
+    generator, L_CE + L_BNS, alternate steps         GDFQ, arXiv 2003.03603     (the baseline:
+                                                             --no-lka --ama none --kd kl)
+    large-kernel attention in the generator          LRQ                        --no-lka
+    Adversarial Margin Add (AMA)                     LRQ                        --ama none
+    decoupled distillation                           LRQ, arXiv 2203.08679      --kd kl
+    ranges of least error, GPTQ, GPTAQ, corrected    literature of quantization
+      batch norms: quant.calibrate                     with data                --plain
+    half of the student's images transformed         this project               --plain
+    AMA on the logit (--ama logit)                   this project               --plain
+    L_BNS in units of each layer, label added to z,
+      two rates, clipped gradients, embeddings
+      begun from the classifier                      this project               (none)
+
+The algorithm, numbered as in quantize():
+ 1. Draw noise z, labels y and images x = G(z, y).
+ 2. Generator step on L_G = L_CE + a L_BNS, through the frozen P. AMA is a margin within L_CE
+    (`logit`) or one more term (`centre`). The generator learns alone at first.
+ 3. Once, between the generator's warm-up and the student's first step: Q's ranges are observed on
+    20 batches (plain quantization), then Q is calibrated on them, half of each transformed.
+ 4. Student step on the same images, half of them transformed: L_Q = c CE(Q(x), y) + L_DKD.
  5. Report and save.
  6. Evaluate, and write Q as integers.
 
-Differences from the paper: no code of it was published, so where the large-kernel attention stands and what the
-Adversarial Margin Add is in equations are our reading of the abstract. Those from GDFQ (arXiv 2003.03603), whose generator
-and losses it builds on, are listed in the README, with what was measured of each.
+The main differences from the paper and its published code (github.com/hfutly66/LRQ, branch master;
+all are in the README):
+ - AMA keeps images from crowding at the place that is typical of their class. It has two forms.
+   `centre`, as published: images stay at 16.9 to 49.8 degrees from the centre of their class's
+   features. `logit`, ours: a margin within the class loss. The default is `logit` up to 100
+   classes (a student nearer to its teacher), and `centre` above, where `logit` leaves no class
+   loss, and with --plain.
+ - The generator learns throughout. The published code then optimises its images one by one.
 
-Shapes: B batch_size, K num_classes, D features, S image_size, C channels, H and W height and width.
+Shapes: B batch size, K classes, D features, S image size, C channels, H and W height and width.
 """
 import argparse
 import contextlib
-import csv
+import copy
 import difflib
-import functools
-import hashlib
-import inspect
-import io
-import itertools
 import json
 import math
 import os
 import signal
 import sys
-import tempfile
-import textwrap
-import threading
 import time
-import warnings
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torchvision import datasets, models, transforms, utils
 
-from quant import (compensate_rounding, copy_without_hooks, correct_batch_norm, equalize_channels, freeze, observe, pack,
-                   quant_layers, quantize_model, unpack)
-
-try:
-    import fcntl
-    import resource
-except ImportError:  # Windows
-    fcntl = resource = None
+from quant import calibrate, freeze, pack, quant_layers, quantize_model, unpack
 
 METHOD = "LRQ"
 
+# --------------------------------------------------------------------------------------- generator
 
-# ------------------------------------------------------------------------------------------------ generator
 
 class LargeKernelAttention(nn.Module):
-    """Attention over 23 x 23 pixels, 21 x 21 in the paper (VAN, arXiv 2202.09741, sections 3.1 and 3.2): (B, C, H, W) -> the same.
+    """Attention over 23 x 23 pixels (VAN, arXiv 2202.09741, section 3): (B, C, H, W) -> the same.
 
-    LKA(u) = u * conv1x1(depthwise 7x7, dilation 3 (depthwise 5x5 (u))), between two 1 x 1 convolutions, as a residual
-    scaled by a learnt factor a channel that starts at 0.01, so that the block starts near the identity.
+    u * conv1x1(depthwise 7x7, dilation 3 (depthwise 5x5 (u))), between two 1 x 1 convolutions, as
+    a residual scaled by a learnt factor a channel that starts at 0.01.
     """
 
     def __init__(self, channels):
         super().__init__()
-        self.project_in = nn.Conv2d(channels, channels, 1)
+        self.project_in, self.mix, self.project_out = (
+            nn.Conv2d(channels, channels, 1) for _ in range(3))
         self.local = nn.Conv2d(channels, channels, 5, padding=2, groups=channels)
         self.long_range = nn.Conv2d(channels, channels, 7, padding=9, dilation=3, groups=channels)
-        self.mix = nn.Conv2d(channels, channels, 1)
-        self.project_out = nn.Conv2d(channels, channels, 1)
         self.layer_scale = nn.Parameter(torch.full((channels, 1, 1), 1e-2))
 
     def forward(self, x):
         u = F.gelu(self.project_in(x))
-        # On a CPU in float32: in bfloat16 torch gave these weights gradients of 1e30 at times (56 x 56 pixels).
-        with torch.autocast("cpu", enabled=False):
-            wide = self.dilated(self.local(u.float()))
+        with torch.autocast("cpu", enabled=False):  # else gradients of 1e30 at times
+            wide = self.long_range(self.local(u.float()))
         return x + self.layer_scale * self.project_out(u * self.mix(wide))
 
-    def dilated(self, x):
-        """self.long_range(x), in a quarter of the time at 8 x 8 pixels on a CPU: every third pixel, across and down, makes
-        an image of its own, nine in all, on which the convolution has no dilation."""
-        B, C, H, W = x.shape
-        h, w = -(-H // 3), -(-W // 3)
-        x = F.pad(x, (0, 3 * w - W, 0, 3 * h - H)).view(B, C, h, 3, w, 3).permute(0, 3, 5, 1, 2, 4)
-        x = F.conv2d(x.reshape(9 * B, C, h, w), self.long_range.weight, self.long_range.bias, padding=3, groups=C)
-        return x.view(B, 3, 3, C, h, w).permute(0, 3, 4, 1, 5, 2).reshape(B, C, 3 * h, 3 * w)[:, :, :H, :W]
 
+class UpConv2d(nn.Conv2d):
+    """A 3 x 3 convolution of the image upsampled twice, (B, I, H, W) -> (B, O, 2 H, 2 W), in 4/9 of
+    the multiplications: of nine upsampled pixels only four differ, so it is a transposed
+    convolution, whose 4 x 4 kernel sums the 3 x 3 one over the four places of a pixel's copies."""
 
-def class_codes(class_weight, latent_dim):
-    """What the embeddings of many classes start from: (K, D) -> (K, latent_dim), of root mean square 10.
-
-    The first principal components of the rows of the teacher's classifier W: classes which are alike to the teacher have
-    codes that are alike, so that what G learns of one class serves others too. z has root mean square 1: among noise of
-    their own size a thousand codes are hard to tell apart.
-    """
-    rows = class_weight.float().cpu()
-    u, s, _ = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
-    codes = F.pad(u * s, (0, latent_dim - len(s)))                                      # or cropped, if longer
-    return 10 * codes / codes.square().mean().sqrt().clamp(min=1e-12)
-
-
-def upsampled(conv, x):
-    """conv(F.interpolate(x, scale_factor=2)) for a 3 x 3 convolution, (B, I, H, W) -> (B, O, 2H, 2W), in 4/9 of the
-    multiplications: of nine upsampled pixels only four differ, so it is a transposed convolution of stride 2, whose
-    4 x 4 kernel sums the 3 x 3 one over the four places of a pixel's copies."""
-    kernel = sum(F.pad(conv.weight, (i, 1 - i, j, 1 - j)) for i in (0, 1) for j in (0, 1))              # (O, I, 4, 4)
-    return F.conv_transpose2d(x, kernel.flip(2, 3).transpose(0, 1), conv.bias, stride=2, padding=1)
+    def forward(self, x):
+        kernel = sum(F.pad(self.weight, (i, 1 - i, j, 1 - j)) for i in (0, 1) for j in (0, 1))
+        kernel = kernel.flip(2, 3).transpose(0, 1)                      # (I, O, 4, 4)
+        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
 
 
 class Generator(nn.Module):
-    """G(z, y): noise (B, latent_dim) and labels (B,) -> normalised images (B, C, S, S) with pixels in [0, 1].
+    """G(z, y): noise (B, latent_dim), labels (B,) -> normalised images (B, C, S, S).
 
-    GDFQ's generator (arXiv 2003.03603) with large-kernel attention at its coarsest resolution, where one kernel reaches
-    furthest and costs least: S/4, for multiples of 8 from 64 on S/8 with a narrow stage more, which takes half of the time on
-    a CPU. An embedding of the label is added to z (GDFQ multiplies, or above 100 classes has conditional batch norm); above 100
-    classes it starts from the teacher's classifier W = class_weight, (K, D). The first two numbers of z are also each
-    image's contrast and brightness, in which generated images would hardly differ otherwise. Pixels stay in [0, 1]: beyond,
-    the student, whose input is quantized to that range, would see other images than the teacher.
+    GDFQ's generator (arXiv 2003.03603), from S/4 on, for S of 64 and more from S/8, with
+    large-kernel attention where it is coarsest: there one kernel spans most of the image at the
+    least cost. The label's embedding is added to z (GDFQ multiplies: then the label is found in
+    the variance alone). mean, std: of the teacher's normalisation. Pixels stay in [0, 1], the
+    range to which the student's input is quantized.
     """
 
-    def __init__(self, image_size, class_weight, mean, std, latent_dim=100, lka=True):
+    def __init__(self, image_size, num_classes, mean, std, latent_dim=100, lka=True):
         super().__init__()
-        widths = (128, 128, 64, 32) if image_size >= 64 and image_size % 8 == 0 else (128, 128, 64)
-        self.latent_dim, self.start_size = latent_dim, image_size // 2 ** (len(widths) - 1)
-        self.embedding = nn.Embedding(len(class_weight), latent_dim)
-        if len(class_weight) > 100:
-            self.embedding.weight.data.copy_(class_codes(class_weight, latent_dim))
-        self.linear = nn.Linear(latent_dim, widths[0] * self.start_size ** 2)
-        self.norm0, self.attention = nn.BatchNorm2d(widths[0]), LargeKernelAttention(widths[0]) if lka else nn.Identity()
-        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in itertools.pairwise(widths))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(o) for o in widths[1:])
-        self.last_conv, self.last_norm = nn.Conv2d(widths[-1], len(mean), 3, padding=1), nn.BatchNorm2d(len(mean), affine=False)
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        self.image_size, self.latent_dim, self.num_classes = image_size, latent_dim, num_classes
+        widths = (128, 128, 64) if image_size < 64 else (128, 128, 64, 32)
+        self.start_size = -(-image_size // 2 ** (len(widths) - 1))      # rounded up
+        self.embedding = nn.Embedding(num_classes, latent_dim)
+        self.linear = nn.Linear(latent_dim, 128 * self.start_size ** 2)
+        layers = [nn.BatchNorm2d(128), LargeKernelAttention(128) if lka else nn.Identity()]
+        for i, o in zip(widths, widths[1:]):                            # twice as high and wide
+            layers += [UpConv2d(i, o, 3), nn.BatchNorm2d(o), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(o, len(mean), 3, padding=1))
+        self.last_norm = nn.BatchNorm2d(len(mean), affine=False)
+        self.mean, self.std = (nn.Buffer(torch.tensor(v).view(-1, 1, 1)) for v in (mean, std))
 
     def forward(self, z, labels):
-        contrast, brightness = (z[:, i].view(-1, 1, 1, 1) for i in (0, 1))
-        x = self.linear(z + self.embedding(labels)).view(len(z), self.start_size, self.start_size, -1)
-        x = x.permute(0, 3, 1, 2)                                                       # (B, 128, S/4, S/4), or S/8
-        x = self.attention(self.norm0(x))
-        for conv, norm in zip(self.convs, self.norms):
-            x = F.leaky_relu(norm(upsampled(conv, x)), 0.2)                             # twice as high and wide
-        x = torch.tanh(self.last_conv(x).float())                                       # (B, C, S, S)
-        # 0.3 and 0.35: about as far as real CIFAR-10 images differ; 0.5 and 0.25: about what photographs have, all together.
-        pixels = (0.5 + 0.25 * self.last_norm((0.3 * contrast).exp() * x + 0.35 * brightness)).clamp(0, 1)
+        x = self.linear(z + self.embedding(labels))
+        x = x.view(len(z), self.start_size, self.start_size, 128).permute(0, 3, 1, 2)
+        x = self.last_norm(self.layers(x).float().tanh())               # (B, C, S or more, ...)
+        pixels = (0.5 + 0.25 * x[:, :, :self.image_size, :self.image_size]).clamp(0, 1)
         return (pixels - self.mean) / self.std
 
+    def sample(self, count):
+        """Images for z ~ N(0, 1) and y uniform over the classes, and y."""
+        z = torch.randn(count, self.latent_dim, device=self.mean.device)
+        labels = torch.randint(self.num_classes, (count,), device=z.device)
+        return self(z, labels), labels
 
-def half_transformed(images):
-    """The images, (B, C, S, S), with the last half of them (the larger, if B is odd) mirrored at random, magnified by 0.5 to
-    2.5 (its logarithm uniform) and shifted by up to half their size; what lies beyond the border is mirrored in.
 
-    Generated images have few layouts, the same place always filled alike. The teacher has to be asked what it sees now.
-    """
-    x = images[len(images) // 2:]
-    scale = torch.empty(len(x), device=x.device).uniform_(math.log(1 / 2.5), math.log(1 / 0.5)).exp()  # below 1 magnifies
-    theta = torch.zeros(len(x), 2, 3, device=x.device)                                  # where a pixel comes from
-    theta[:, 0, 0] = torch.where(torch.rand_like(scale) < 0.5, scale, -scale)
+def class_codes(class_weight, latent_dim):
+    """What the embeddings of more than 100 classes start from, (K, D) -> (K, latent_dim): principal
+    components of the classifier's rows, root mean square 10. Classes that are alike to the teacher
+    have codes that are alike, so what G learns of one serves others too."""
+    rows = class_weight.float().cpu()
+    u, s, _ = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    codes = F.pad(u * s, (0, latent_dim - len(s)))                      # or cropped, if longer
+    return 10 * codes / codes.square().mean().sqrt()
+
+
+def transformed(images, first):
+    """Images, (B, C, S, S), from number `first` on mirrored at random, magnified by 0.5 to 2.5
+    (log-uniform) and shifted by up to half their size; the border is reflected. Generated images
+    have few layouts. The teacher has to be asked again what it sees."""
+    x = images[first:]
+    scale = torch.empty(len(x), device=x.device).uniform_(math.log(0.4), math.log(2)).exp()
+    theta = x.new_zeros(len(x), 2, 3)                                   # where a pixel comes from
+    theta[:, 0, 0] = scale * (torch.rand_like(scale) - 0.5).sign()
     theta[:, 1, 1] = scale
-    theta[:, :, 2].uniform_(-1, 1)                                                      # 2 is the whole image
+    theta[:, :, 2].uniform_(-1, 1)                                      # 2 is the whole image
     grid = F.affine_grid(theta, x.shape, align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
-    return torch.cat([images[:len(images) // 2], x])
+    return torch.cat([images[:first], x])
 
 
-# ------------------------------------------------------------------------------------------------ losses
-
-class MeanVariance(torch.autograd.Function):
-    """Mean and biased variance of h, (B, C, H, W), over height and width, in float32: what torch.var_mean gives, in an
-    eighth of its time on a CPU (which goes through channels-last values one by one), and one pass backwards."""
-
-    @staticmethod
-    def forward(ctx, h):
-        wide = h.float()
-        mean = wide.mean((2, 3), keepdim=True)
-        ctx.save_for_backward(h, mean)
-        return mean.squeeze((2, 3)), (wide - mean).square_().mean((2, 3))
-
-    @staticmethod
-    def backward(ctx, grad_mean, grad_variance):
-        h, mean = ctx.saved_tensors
-        grad_mean, slope = (grad[:, :, None, None] / h[0, 0].numel() for grad in (grad_mean, 2 * grad_variance))
-        return torch.addcmul((grad_mean - slope * mean).to(h.dtype), slope.to(h.dtype), h)
+# ------------------------------------------------------------------------------------------ losses
 
 
-def image_statistics(inputs):
-    """Means m_il and variances v_il over height and width, of each image i and channel of layer l: (B, C), (B, C).
+def batch_norm_loss(statistics):
+    """L_BNS = mean_l [ MSE(mean(h_l), mu_l) / s_l^2 + MSE(var(h_l), var_l) / s_l^4 ]
 
-    inputs: the h_l, each (B, C_l, H, W). The channels of all layers stand side by side, C in all, here and in what follows.
+    statistics: for each batch norm l the layer, with running means mu_l and variances var_l, and
+    means and variances over height and width of its input h_l, (B, C_l) each. mean and var
+    (biased) are over batch, height and width, MSE over channels. s_l^2 is the mean of var_l: so
+    each layer counts alike. Source: GDFQ, arXiv 2003.03603, eq. 4, where s_l is 1.
     """
-    means, variances = zip(*(MeanVariance.apply(h) for h in inputs))
-    return torch.cat(means, 1), torch.cat(variances, 1)
-
-
-def layer_constants(norms):
-    """(mu, var, units, channel_weight) of the batch norms l: running means mu_l, variances var_l, units s_l, weights; (C,) each.
-
-    s_l^2 = mean(var_l), or the layer's epsilon if that is more: measured in units of s_l, every layer counts alike, whatever
-    the size of its values. The weight is 1 / (L C_l), with which a sum over all channels is the mean over L layers of the mean
-    over a layer's channels.
-    """
-    mu, var = torch.cat([norm.running_mean for norm in norms]), torch.cat([norm.running_var for norm in norms])
-    widths = torch.tensor([norm.num_features for norm in norms], device=mu.device)
-    units = torch.stack([norm.running_var.mean().clamp(min=norm.eps).sqrt() for norm in norms])
-    return mu, var, units.repeat_interleave(widths), (1 / (len(norms) * widths)).repeat_interleave(widths)
-
-
-def batch_norm_loss(means, variances, mu, var, units, channel_weight):
-    """L_BNS = mean over layers l of MSE(mean(h_l), mu_l) + MSE(var(h_l), var_l), h_l in units of s_l
-    (GDFQ, arXiv 2003.03603, eq. 4, where s_l is 1).
-
-    means, variances: of each image, (B, C), see image_statistics. The others: (C,), see layer_constants. Mean
-    and biased variance are over batch, height and width; MSE is the mean over a layer's channels.
-    """
-    batch_mean = means.mean(0)
-    batch_var = variances.mean(0) + (means - batch_mean).square().mean(0)               # within images, and between
-    return (((batch_mean - mu) / units).square() + ((batch_var - var) / units.square()).square()) @ channel_weight
+    loss = 0
+    for norm, means, variances in statistics:
+        mean, s2 = means.mean(0), norm.running_var.mean().clamp(min=norm.eps)
+        var = variances.mean(0) + (means - mean).square().mean(0)       # within images, and between
+        loss = loss + (mean - norm.running_mean).square().mean() / s2
+        loss = loss + (var - norm.running_var).square().mean() / s2.square()
+    return loss / len(statistics)
 
 
 def ama_logits(features, weight, bias, labels, margin):
-    """Logits with an additive angular margin m on the label's: |f| |W_y| cos(theta_y + m) + b_y; the others as they are.
+    """Logits with a margin m on the label's angle: |f| |W_y| cos(theta_y + m) + b_y, (B, K).
 
-    features: f, (B, D). weight: W, (K, D). bias: b, (K,) or None. labels: y, (B,). margin: m, radians. Returns (B, K).
-    theta_y is the angle between f and W_y. With r the part of f orthogonal to W_y,
-        |f| |W_y| cos(theta + m) = cos(m) f.W_y - sin(m) |W_y| |r|,
-    whose gradient is finite everywhere and which at m = 0 is the plain logit. Where theta + m leaves [0, pi] it goes on
-    linearly in cos(theta), so that it always falls as theta grows. Source: our reading of LRQ's Adversarial Margin Add
-    (arXiv 2211.06816), after ArcFace (arXiv 1801.07698, equation 3), at the classifier's own scale.
+    features: f, (B, D). weight: W, (K, D). bias: b, (K,) or None. labels: y, (B,). margin: m,
+    radians; below 0 it widens the angles. theta_y is the angle between f and W_y, and
+        cos(theta + m) = cos(m) cos(theta) - sin(m) sin(theta).
+    At m = 0 these are the plain logits. Source: ours, for LRQ's Adversarial Margin Add, after
+    ArcFace, arXiv 1801.07698, eq. 3, at the classifier's own scale.
     """
-    logits = F.linear(features, weight, bias)
-    w_y = weight[labels]                                                                # (B, D)
-    dot, w_norm = (features * w_y).sum(1), w_y.norm(dim=1)                              # (B,)
-    norms = features.norm(dim=1) * w_norm
-    r = features - (dot / w_norm.square().clamp(min=torch.finfo(dot.dtype).tiny))[:, None] * w_y
-    change = (math.cos(margin) - 1) * dot - math.sin(margin) * w_norm * r.norm(dim=1)
-    sign = math.copysign(1, margin)
-    beyond = -sign * dot > math.cos(margin) * norms                                     # theta + m above pi, or below 0
-    change = torch.where(beyond, sign * (math.cos(margin) - 1) * norms, change)
-    return logits.scatter_add(1, labels[:, None], change[:, None])
+    w_y = weight[labels]                                                # (B, D)
+    cosine = F.cosine_similarity(features, w_y)                         # (B,)
+    sine = (1 - cosine.square()).clamp(min=1e-12).sqrt()
+    change = (math.cos(margin) - 1) * cosine - math.sin(margin) * sine
+    change = change * features.norm(dim=1) * w_y.norm(dim=1)
+    return F.linear(features, weight, bias).scatter_add(1, labels[:, None], change[:, None])
 
 
-def label_angles(features, weight, labels):
-    """theta_y, in degrees: the angle between f, (B, D), and the label's class weight W_y of W, (K, D) -> (B,)."""
-    return F.cosine_similarity(features, weight[labels]).clamp(-1, 1).acos().rad2deg()
+def ama_centre_loss(features, centres, labels, margin=0.5, low=0.3, high=0.8):
+    """L_AMA = mean of max(low - d, 0) + max(d - high, 0), d = 1 - cos(theta + margin).
+
+    features: f, (B, D). centres: (K, D), sums of the features of each class's earlier images, of
+    which only the direction counts; zeros without any. labels: y, (B,). theta: the angle between f
+    and the centre of class y. The mean is over images whose class has a centre. They may come no
+    nearer to it than 16.9 degrees and go no farther than 49.8. Source: LRQ's published code.
+    """
+    centre = centres[labels]                                            # (B, D)
+    cosine = F.cosine_similarity(features, centre).clamp(1e-6 - 1, 1 - 1e-6)
+    d, seen = 1 - (cosine.acos() + margin).cos(), centre.any(1)
+    return ((low - d).relu() + (d - high).relu()).mul(seen).sum() / seen.sum().clamp(min=1)
 
 
 def kd_loss(student_logits, teacher_logits, temperature):
-    """KL(P || Q) T^2 of the softened distributions, averaged over the batch: (B, K), (B, K) -> scalar.
-
-    T^2 keeps the gradient's size as T changes (Hinton et al., arXiv 1503.02531, section 2).
-    """
+    """KL(P || Q) T^2 of the softened distributions, the mean over the batch: (B, K), (B, K) -> ().
+    T^2 keeps the gradient's size as T changes (Hinton et al., arXiv 1503.02531, section 2)."""
     log_q = F.log_softmax(student_logits / temperature, 1)
     log_p = F.log_softmax(teacher_logits / temperature, 1)
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature ** 2
 
 
 def dkd_loss(student_logits, teacher_logits, labels, alpha, beta, temperature):
-    """L_DKD = (alpha TCKD + beta NCKD) T^2, averaged over the batch: (B, K), (B, K), (B,) -> scalar.
+    """L_DKD = (alpha TCKD + beta NCKD) T^2, the mean over the batch: (B, K), (B, K), (B,) -> ().
 
-    TCKD = KL([p_t, 1 - p_t] of P || that of Q), target class against the rest; NCKD = KL of the softmax over the other
-    classes. KL(P || Q) = TCKD + (1 - p_t of P) NCKD. Source: decoupled distillation, arXiv 2203.08679, equations 5, 7.
+    TCKD: KL of [p_y, 1 - p_y], the target class against the rest. NCKD: KL of the softmax over the
+    other classes. KL(P || Q) = TCKD + (1 - p_y) NCKD, so at alpha = beta = 1 what P knows of the
+    other classes counts fully even where it is sure. Source: arXiv 2203.08679, eq. 5 and 7.
     """
-    def split(logits):
-        others = torch.arange(logits.shape[1] - 1, device=logits.device)                # all classes but the label
-        others = others + (others >= labels[:, None])                                   # (B, K - 1)
-        target, others = logits.gather(1, labels[:, None]), logits.gather(1, others)
-        binary = torch.cat([target, others.logsumexp(1, keepdim=True)], 1)
-        return F.log_softmax(binary, 1), F.log_softmax(others, 1)                       # (B, 2), (B, K - 1)
+    target = F.one_hot(labels, student_logits.shape[1]).bool()          # (B, K)
 
-    log_b_q, log_hat_q = split(student_logits / temperature)
-    log_b_p, log_hat_p = split(teacher_logits / temperature)
-    tckd = F.kl_div(log_b_q, log_b_p, reduction="batchmean", log_target=True)
-    nckd = F.kl_div(log_hat_q, log_hat_p, reduction="batchmean", log_target=True)
+    def split(logits):
+        others = (logits / temperature).masked_fill(target, -1e4)       # as good as left out
+        label = (logits / temperature).gather(1, labels[:, None])
+        binary = torch.cat([label, others.logsumexp(1, keepdim=True)], 1)
+        return binary.log_softmax(1), others.log_softmax(1)             # (B, 2), (B, K)
+    tckd, nckd = (F.kl_div(q, p, reduction="batchmean", log_target=True)
+                  for q, p in zip(split(student_logits), split(teacher_logits)))
     return (alpha * tckd + beta * nckd) * temperature ** 2
 
 
-# ------------------------------------------------------------------------------------------------ batch-norm statistics
+# ------------------------------------------------------------------------ seeing inside the teacher
+
+
+class MeanVariance(torch.autograd.Function):
+    """Mean and biased variance of h, (B, C, H, W), over height and width, in float32: with plain
+    sums, or torch.var_mean, an iteration takes a tenth longer on a CPU."""
+
+    @staticmethod
+    def forward(ctx, h):
+        wide = h.float()
+        mean = wide.mean((2, 3), keepdim=True)
+        ctx.save_for_backward(h, mean)
+        return mean.flatten(1), (wide - mean).square_().mean((2, 3))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        h, mean = ctx.saved_tensors
+        shift, slope = (grad[:, :, None, None] / h[0, 0].numel() for grad in grads)
+        shift = shift - 2 * slope * mean
+        return torch.addcmul(shift.to(h), 2 * slope.to(h), h)
+
 
 def teacher_forward(teacher, classifier, images):
-    """One forward pass of the teacher, seen from inside: (logits, features, norms, inputs).
+    """(logits, features, statistics): (B, K), the classifier's input (B, D), and for each
+    BatchNorm2d, as they run, the layer and means and variances of its input, (B, C_l) each."""
+    features, statistics, hooks = [], [], []
 
-    logits: (B, K). features: f, the classifier's input, (B, D). norms: the BatchNorm2d layers l in the order in which
-    they run, and inputs: their inputs h_l, (B, C_l, H, W). The hooks are gone afterwards.
-    """
-    features, norms, inputs = [], [], []
+    def keep_statistics(norm, args):
+        statistics.append((norm, *MeanVariance.apply(args[0])))
 
-    def keep(layer, args):
-        norms.append(layer)
-        inputs.append(args[0])
-    hooks = [layer.register_forward_pre_hook(keep) for layer in teacher.modules()
-             if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None]
-    hooks.append(classifier.register_forward_pre_hook(lambda layer, args: features.append(args[0])))
+    def keep_features(layer, args):
+        features[:] = [args[0].float()]
+    for layer in teacher.modules():
+        if isinstance(layer, nn.BatchNorm2d) and layer.track_running_stats:
+            hooks.append(layer.register_forward_pre_hook(keep_statistics))
+    hooks.append(classifier.register_forward_pre_hook(keep_features))
     try:
-        logits = teacher(images)
+        return teacher(images).float(), features[0].reshape(len(images), -1), statistics
     finally:
         for hook in hooks:
             hook.remove()
-    f = features[-1].float()
-    return logits.float(), f.mean((2, 3)) if f.dim() == 4 else f, norms, inputs
 
 
-# ------------------------------------------------------------------------------------------------ the method
+# --------------------------------------------------------------------------------------- the method
 
-def quantize(teacher, *, image_size, num_classes, w_bits, a_bits, mean, std, iterations, batch_size, seed=0,
-             device="auto", evaluate=None, out=None, symmetric=False, classifier=None, precision="auto", lka=True,
-             margin=None, kd="dkd", temperature=4.0, alpha=1.0, beta=1.0, bns_weight=None, ce_weight=None, pull=None,
-             generator_lr=1e-3, student_lr=None, norm_lr=None, warmup=0.15, resume=False, checkpoint_every=60, about=None):
+# What depends on the number of classes: up to 100 of them, or more. With a thousand, labels are
+# learnt long after statistics (bns_weight), the teacher sees another class than the label in most
+# images (ce_weight), and features begin at a right angle to W_y, where the margin leaves no loss.
+# So do class_codes and make_student_optimizer.
+FEW_CLASSES = {"bns_weight": 1.0, "ce_weight": 1.0, "student_lr": 3e-3, "ama": "logit"}
+MANY_CLASSES = {"bns_weight": 100.0, "ce_weight": 0.0, "student_lr": 1e-3, "ama": "centre"}
+
+
+def quantize(teacher, *, image_size, num_classes, mean, std, w_bits, a_bits, iterations, batch_size,
+             symmetric=False, plain=False, warmup=0.15, generator_lr=1e-3, student_lr=None,
+             norm_lr=1e-2, bns_weight=None, ce_weight=None, lka=True, ama=None, margin=-0.5,
+             kd="dkd", temperature=1.0, alpha=1.0, beta=8.0, classifier=None, evaluate=None,
+             seed=0, device="auto", precision="auto", out=None, resume=False, about=None):
     """Quantize a trained classifier without its data. Returns (student, result).
 
-    teacher: any nn.Module, (B, C, S, S) -> (B, num_classes), with BatchNorm2d; left as it is. Its hooks do not run.
-    image_size: S, a multiple of 4, 8 at least.
-    w_bits, a_bits: 2 to 8.
-    mean, std: the teacher's normalisation, one number a channel, of pixels in [0, 1].
-    evaluate: a function of a model, on `device`, that returns its top-1 in percent, or a dict of numbers that has it as
-        "top1" (and no "agreement"), all of which the result will have; or None.
-    out: a folder for result.json, student.pt, checkpoint.pt, samples.png and log.csv, or None.
-    classifier: the name of the teacher's last layer, found by itself if None.
-    resume: go on from the checkpoint in `out`.
-    about: further settings to record in the files.
-    The rest are the flags of the same names (`python lrq.py --help`).
+    teacher: an nn.Module, (B, C, S, S) -> logits (B, K), with BatchNorm2d; it is not changed.
+    image_size: S, 8 or more. num_classes: K. mean, std: the teacher's normalisation, a number a
+    channel, of pixels in [0, 1]. w_bits, a_bits: 2 to 8. classifier: the name of the teacher's last
+    layer, found by itself if None. evaluate: a function of a model, on `device`, that returns a
+    dict of numbers with "top1", in percent; if None, the models are compared on generated images
+    (evaluate_on). out: a folder for result.json, student.pt, checkpoint.pt, log.csv, samples.png.
+    about: what else to record there. The rest are the command's flags (--help).
 
-    The student is in evaluation mode, ready to use or to train on; `quant.pack` gives its integers. The result is the dict
-    that result.json holds.
-    Raises BadInput, a ValueError, for settings or a teacher that cannot be used, before any long work (and quantize_model's
-    TypeError). It seeds torch's random numbers and sets cuDNN's flags.
+    The student is in evaluation mode, and has to stay there; quant.pack gives its integers. The
+    result is what result.json holds. Raises BadInput, a ValueError, before any long work, for what
+    cannot be used. Seeds torch's random numbers.
     """
-    settings = check_settings(locals())
-    few = num_classes <= 100  # few classes; other defaults for more
-    # In a longer run the student's steps are shorter, or it ends farther from its teacher on real images (README).
-    shorter = min(1, (1000 if few else 4000) / iterations) ** 0.5
-    defaults = {"student_lr": (3e-3 if few else 1e-3) * shorter, "norm_lr": 1e-2 * shorter,
-                "bns_weight": 1.0 if few else 100.0, "ce_weight": 1.0 if few else 0.0,
-                "margin": -0.5 if few else 0.0, "pull": 1e-2 * shorter if few else 0.0}
-    settings.update((name, value) for name, value in defaults.items() if settings[name] is None)
-    student_lr, norm_lr, bns_weight, ce_weight, margin, pull = (settings[name] for name in defaults)  # in their order above
-    mean, std, generator_lr = (settings[name] for name in ("mean", "std", "generator_lr"))
+    settings = {"method": METHOD, **locals()}
+    for name in ("teacher", "evaluate", "device", "out", "resume"):     # the result is as without
+        del settings[name]
+    if plain and ama is None:
+        settings["ama"] = "centre"                                      # the published one
+    for name, value in (MANY_CLASSES if num_classes > 100 else FEW_CLASSES).items():
+        settings[name] = value if settings[name] is None else settings[name]
+    bns_weight, ce_weight, student_lr, ama = (settings[name] for name in FEW_CLASSES)
+    if iterations < 1 or batch_size < 2 or not 0 <= warmup < 1:
+        raise BadInput("iterations: 1 or more; batch_size: 2 or more; warmup: 0 or more, below 1")
     device, dtype = choose_device(device, precision)
-    settings["precision"] = str(dtype).removeprefix("torch.")
-    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    teacher, layer, norms = prepare_teacher(teacher, image_size, num_classes, len(mean), classifier, device)
-    weight, bias = layer.weight.flatten(1), layer.bias                                  # W, (K, D); b, (K,)
-    constants = layer_constants(norms)                                                  # mu, var, s, weight: (C,)
+    settings["precision"] = str(dtype)
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     torch.manual_seed(seed)
-    generator = Generator(image_size, weight, mean, std, lka=lka).to(device, memory_format=torch.channels_last)
-    student = quantize_model(teacher, w_bits, a_bits, symmetric, input_range=pixel_range(mean, std))
-    generator_optimizer = torch.optim.Adam(generator.parameters(), generator_lr, betas=(0.5, 0.999), fused=True,
-                                           capturable=True)  # within a CUDA graph, see Repeated
-    student_optimizer = torch.optim.SGD([
-        {"params": [p for p in student.parameters() if p.dim() > 1], "rate": student_lr, "weight_decay": 1e-4},
-        {"params": [p for p in student.parameters() if p.dim() < 2], "rate": norm_lr},          # batch norms and biases
-    ], momentum=0.9, nesterov=True, fused=True)
-    warm_iterations, cosine = int(iterations * warmup), torch.ones((), device=device)
-    with Run(settings, teacher, student, generator, device, evaluate, out, resume, checkpoint_every,
-             generator_optimizer=generator_optimizer, student_optimizer=student_optimizer) as run:
-        def calibrate():
-            """Step 1, once, by generated images."""
-            observe(student)  # a
-            with torch.no_grad():
-                with autocast():
-                    batches = [generator(*draw(batch_size, num_classes, generator, device)) for _ in range(20)]
-                for images in batches:
-                    student(images)
-            freeze(student)
-            run.measure("ptq")
-            print("\nmaking up for rounding errors, layer after layer, before the student learns", flush=True)
-            equalize_channels(student, teacher, batches)  # b
-            batches = [half_transformed(images) for images in batches]
-            correct_batch_norm(observe(student), teacher, batches)  # c, activations in float; their ranges go on moving
-            compensate_rounding(freeze(student), teacher, batches)  # d, activations quantized
-            if pull:  # what the student is pulled back to; the optimizer keeps it, so that a checkpoint has it
-                for p in student.parameters():
-                    student_optimizer.state[p]["start"] = p.detach().clone()
+    teacher, classifier, student = prepare_models(teacher, settings, device)
+    weight, bias = classifier.weight.flatten(1), classifier.bias        # W, (K, D); b, (K,)
+    generator = Generator(image_size, num_classes, mean, std, lka=lka)
+    if num_classes > 100:
+        generator.embedding.weight.data = class_codes(weight, generator.latent_dim)
+    generator.centres = nn.Buffer(torch.zeros(weight.shape))            # of ama_centre_loss
+    generator.to(device, memory_format=torch.channels_last)
+    generator_optimizer = torch.optim.Adam(
+        generator.parameters(), generator_lr, betas=(0.5, 0.999), fused=True, capturable=True)
+    warm_iterations, half = int(iterations * warmup), batch_size // 2
+    student_optimizer, schedule = make_student_optimizer(
+        student, settings, iterations - warm_iterations)
+    run = start_run(settings, out, resume, {
+        "student": student, "generator": generator, "student_optimizer": student_optimizer,
+        "generator_optimizer": generator_optimizer, "schedule": schedule})
 
-        def iteration(learns):
-            """Steps 2 to 4; learns: whether the student does, or the generator alone. Returns the losses by name."""
-            # 2. Draw noise and labels, and images from them.
-            z, labels = draw(batch_size, num_classes, generator, device)
+    def measure(name, model):
+        on_generated = partial(evaluate_on, fresh_images(generator), teacher)
+        found = (evaluate or on_generated)(model)
+        run.metrics.update({f"{name}_{key}": value for key, value in found.items()})
+
+    def train_step(learns):
+        """Steps 1, 2 and 4. learns: whether the student does too. Returns the losses by name."""
+        # 1. Draw noise and labels, and images from them.
+        with autocast():
+            images, labels = generator.sample(batch_size)               # (B, C, S, S), (B,)
+            teacher_logits, features, statistics = teacher_forward(teacher, classifier, images)
+
+        # 2. Generator step on L_G = L_CE + a L_BNS, AMA in it or added, through the frozen teacher.
+        logits = teacher_logits
+        if ama == "logit":
+            logits = ama_logits(features, weight, bias, labels, margin)
+        losses = {"L_CE": F.cross_entropy(logits, labels), "L_BNS": batch_norm_loss(statistics)}
+        loss = losses["L_CE"] + bns_weight * losses["L_BNS"]
+        if ama == "centre":
+            losses["L_AMA"] = ama_centre_loss(features, generator.centres, labels)
+            loss = loss + losses["L_AMA"]
+        generator_optimizer.zero_grad()
+        loss.backward()
+        generator_optimizer.step()
+        with torch.no_grad():                                           # older images count less
+            generator.centres[labels] = 0.9 * generator.centres[labels]
+            generator.centres.index_add_(0, labels, features)
+
+        # 4. Student step on the same images, half of them transformed: L_Q = c CE(Q(x), y) + L_DKD.
+        if learns:
+            images = images.detach() if plain else transformed(images.detach(), half)
             with autocast():
-                images = generator(z, labels)                                           # (B, C, S, S)
-                teacher_logits, features, _, inputs = teacher_forward(teacher, layer, images)
+                logits = student(images).float()
+                with torch.no_grad():                                   # P sees the other half anew
+                    again = teacher(images[half:]).float()
+            expected = torch.cat([teacher_logits[:half].detach(), again])
+            seen = expected.argmax(1) == labels         # no cross-entropy where P predicts another
+            losses["L_QCE"] = (F.cross_entropy(logits, labels, reduction="none") * seen).mean()
+            if kd == "dkd":
+                losses["L_KD"] = dkd_loss(logits, expected, labels, alpha, beta, temperature)
+            else:
+                losses["L_KD"] = kd_loss(logits, expected, temperature)
+            student_step(student_optimizer, ce_weight * losses["L_QCE"] + losses["L_KD"])
+        return {name: loss.detach() for name, loss in losses.items()}
 
-            # 3. Generator step: L_G = L_AMA + a L_BNS, through the frozen teacher.
-            loss_ama = F.cross_entropy(ama_logits(features, weight, bias, labels, margin), labels)
-            loss_bns = batch_norm_loss(*image_statistics(inputs), *constants)
-            generator_optimizer.zero_grad()
-            (loss_ama + bns_weight * loss_bns).backward()
-            generator_optimizer.step()
-            losses = {"L_AMA": loss_ama.detach(), "L_BNS": loss_bns.detach()}
-
-            # 4. Student step on these images, half of them transformed: L_Q = c CE(Q(x), y) + L_DKD; its rates fall as a cosine.
-            if learns:
-                images, half = half_transformed(images.detach()), batch_size // 2
-                with autocast():
-                    with torch.no_grad():
-                        teacher_logits = torch.cat([teacher_logits[:half], teacher(images[half:]).float()])
-                    logits = student(images)
-                recognised = teacher_logits.argmax(1) == labels  # a label that P does not see in x would teach Q an error
-                loss_qce = (F.cross_entropy(logits, labels, reduction="none") * recognised).mean()
-                loss_kd = (dkd_loss(logits, teacher_logits, labels, alpha, beta, temperature) if kd == "dkd"
-                           else kd_loss(logits, teacher_logits, temperature))
-                student_optimizer.zero_grad()
-                (ce_weight * loss_qce + loss_kd).backward()
-                for group in student_optimizer.param_groups:
-                    group["lr"] = group["rate"] * cosine
-                    nn.utils.clip_grad_norm_(group["params"], 3.0)  # else a 3-bit student can fall to chance
-                student_optimizer.step()
-                if pull:  # back towards what step 1 gave: images teach the student some errors too (L2-SP, arXiv 1802.01483)
-                    share = pull * cosine
-                    with torch.no_grad():
-                        for p in student.parameters():
-                            p.lerp_(student_optimizer.state[p]["start"], share)
-                losses.update({"L_QCE": loss_qce.detach(), f"L_{kd.upper()}": loss_kd.detach()})
-            return losses
-
-        begun = run.step
-        for step in range(begun, iterations):
-            if step in (begun, warm_iterations):
-                iterate = Repeated(functools.partial(iteration, learns=step >= warm_iterations), device)
-            if step == warm_iterations:
-                run.save()  # calibration takes long on a large network
-                calibrate()
-            done = max(0, step - warm_iterations) / (iterations - warm_iterations)
-            cosine.fill_(0.5 * (1 + math.cos(math.pi * done)))  # in its place: a CUDA graph reads it anew
-            losses = iterate()
-
-            # 5. Report and save.
-            run.report(step + 1, losses)
-
-        # 6. Evaluate (how far images spread round their class's weight is what AMA is about), and write Q as integers.
+    # Step 5, report and save, is within train. The generator alone at first:
+    train(run, partial(train_step, False), warm_iterations)
+    # 3. Once, before the student's first step: observe its ranges and calibrate it.
+    if "calibrated_top1" not in run.metrics:
         with torch.no_grad():
-            angles = torch.cat([label_angles(teacher_forward(teacher, layer, images)[1], weight, labels)
-                                for images, labels in run.fresh_images()])
-        run.figures.update(angle_mean=angles.mean().item(), angle_std=angles.std().item())
-        return student, run.finish()
+            with autocast():
+                batches = [generator.sample(batch_size)[0] for _ in range(20)]
+            for images in batches:
+                student(images)
+        measure("fp", teacher)
+        measure("ptq", freeze(student))
+        if not plain:
+            print("calibrating: ranges, weights and batch norms, layer by layer", flush=True)
+            calibrate(student, teacher, [transformed(images, half) for images in batches])
+        measure("calibrated", student)
+    train(run, partial(train_step, True), iterations, schedule)
+    # 6. Evaluate (AMA is about the angles between features and W_y), and write Q as integers.
+    measure("q", student)
+    angles = torch.cat([F.cosine_similarity(teacher_forward(teacher, classifier, images)[1],
+                                            weight[labels]).acos().rad2deg()
+                        for images, labels in fresh_images(generator)])
+    run.metrics.update(angle_mean=angles.mean().item(), angle_std=angles.std().item())
+    return student, finish(run, teacher, "" if evaluate else "on generated images: ")
 
 
-# ================================================================================================ shared plumbing: begin
-# Repeated byte for byte in lrq.py and clusterq.py (a test compares them): teachers, data, files, progress, common flags.
+# =========================================================================== shared plumbing: begin
+# The same, byte for byte, in lrq.py and clusterq.py: teachers, images, runs, the command line.
 
-# ------------------------------------------------------------------------------------------------ settings
+TRAINING, STOP = [], []  # while TRAINING, Ctrl-C and SIGTERM add to STOP, asked after an iteration
+
 
 class BadInput(ValueError):
-    """Something that the user gave cannot be used; the message is one line that says what and what to do."""
-
-
-def whole(low, high=2 ** 63 - 1):
-    return lambda v: isinstance(v, int) and low <= v <= high
-
-
-def numbers(v):
-    return isinstance(v, list) and len(v) > 0 and all(isinstance(x, (int, float)) and math.isfinite(x) for x in v)
-
-
-def python_values(v):
-    """Tuples, arrays, tensors and NumPy's numbers as lists and Python's own numbers, as result.json can hold them."""
-    if isinstance(v, dict):
-        return {key: python_values(x) for key, x in v.items()}
-    return v.tolist() if hasattr(v, "tolist") else [python_values(x) for x in v] if isinstance(v, (tuple, list)) else v
-
-
-POSITIVE = (lambda v: 0 < v < math.inf, "a number above 0")
-NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "a finite number, 0 or more")
-NONE_OR_NOT_NEGATIVE = (lambda v: v is None or NOT_NEGATIVE[0](v), NOT_NEGATIVE[1])  # None: chosen later
-YES_OR_NO = (lambda v: isinstance(v, bool), "True or False")
-COMMON_RULES = {  # setting: (whether a value will do, what to choose)
-    "w_bits": (whole(2, 8), "2 to 8 bits"), "a_bits": (whole(2, 8), "2 to 8 bits"),
-    "image_size": (lambda v: whole(8)(v) and v % 4 == 0, "a multiple of 4, 8 or more"),
-    "num_classes": (whole(2), "a whole number, 2 or more"),
-    "mean": (numbers, "numbers, one a channel"),
-    "std": (lambda v: numbers(v) and min(v) > 0, "numbers above 0, one a channel"),
-    "iterations": (whole(1), "a whole number, 1 or more"),
-    "batch_size": (whole(2), "a whole number, 2 or more, the least that has statistics"),
-    "seed": (whole(0), "a whole number from 0 to 2^63 - 1"),
-    "checkpoint_every": (lambda v: v >= 0, "a number of seconds"),
-    "evaluate": (lambda v: v is None or callable(v), "a function of a model that returns its top-1 in percent, or None"),
-    "warmup": (lambda v: 0 <= v < 1, "a share of the iterations, at least 0 and below 1"),
-    "generator_lr": NOT_NEGATIVE,
-    "student_lr": NONE_OR_NOT_NEGATIVE,
-    "norm_lr": NONE_OR_NOT_NEGATIVE,
-    "precision": (lambda v: v in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
-    "about": (lambda v: v is None or isinstance(v, dict) and json.dumps(v), "a dict of strings and numbers, or None"),
-    "symmetric": YES_OR_NO, "resume": YES_OR_NO}
-NOT_SETTINGS = ("teacher", "device", "evaluate", "out", "resume", "checkpoint_every", "about", "separability")
-
-
-def check_settings(arguments):
-    """Of quantize's arguments, those that the result depends on. Raises BadInput for one that cannot be used."""
-    arguments = python_values({**arguments, "teacher": None})
-    for name, (will_do, choose) in {**COMMON_RULES, **RULES}.items():
-        with contextlib.suppress(TypeError):
-            if will_do(arguments[name]):
-                continue
-        flag = {"w_bits": "--w", "a_bits": "--a"}.get(name, "--" + name.replace("_", "-"))
-        if name in ("image_size", "num_classes", "mean", "std", "evaluate", "about") or choose == YES_OR_NO[1]:
-            flag = name  # these have no flag, or one without a value
-        raise BadInput(f"{flag} {arguments[name]!r}: choose {choose}")
-    if len(arguments["mean"]) != len(arguments["std"]):
-        raise BadInput(f"mean has {len(arguments['mean'])} channels and std has {len(arguments['std'])}: give one number each")
-    if arguments["out"] is not None or arguments["resume"]:
-        check_folder(arguments["out"], arguments["resume"])
-    return {**json.loads(json.dumps(arguments["about"] or {})), "method": METHOD,
-            **{key: value for key, value in arguments.items() if key not in NOT_SETTINGS}}
-
-
-# ------------------------------------------------------------------------------------------------ teachers and images
-
-# name: (mean, std, image size, classes, default iterations, default batch size)
-DATASETS = {
-    "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 24, 10, 500, 32),
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), 32, 10, 1000, 64),
-    "cifar100": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), 32, 100, 1000, 64),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224, 1000, 80000, 16)}
-CIFAR_WEIGHTS = {dataset: f"https://github.com/chenyaofo/pytorch-cifar-models/releases/download/resnet/{dataset}_{name}.pt"
-                 for dataset, name in (("cifar10", "resnet20-4118986f"), ("cifar100", "resnet20-23dac2f1"))}
-
-
-class CifarResNet(nn.Module):
-    """ResNet for 32 x 32 images (arXiv 1512.03385, section 4.2), parameters named as in chenyaofo/pytorch-cifar-models.
-    Three stages of `blocks` blocks: 3 is ResNet-20, 1 is the ResNet-8 of the demonstration."""
-
-    def __init__(self, blocks, num_classes):
-        super().__init__()
-        def block(i, o, stride):
-            conv = nn.Sequential(nn.Conv2d(i, o, 1, stride, bias=False), nn.BatchNorm2d(o)) if i != o else None
-            return models.resnet.BasicBlock(i, o, stride, conv)
-        def stage(i, o, stride):
-            return nn.Sequential(block(i, o, stride), *[block(o, o, 1) for _ in range(blocks - 1)])
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        self.layer1, self.layer2, self.layer3 = stage(16, 16, 1), stage(16, 32, 2), stage(32, 64, 2)
-        self.fc = nn.Linear(64, num_classes)
-
-    def forward(self, x):
-        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
-        return self.fc(x.mean((2, 3)))
-
-
-def draw_shapes(count, seed):
-    """Ten classes of pictures, random in colour, place, size, angle and noise: (count, 3, 24, 24) in [0, 1], (count,)."""
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(10, size=count)
-    def uniform(low, high, *shape):
-        return rng.uniform(low, high, (count, *shape)).astype(np.float32)
-    grid = np.linspace(-1, 1, 24, dtype=np.float32)
-    size, angle = uniform(0.5, 0.9, 1, 1), uniform(0, 2 * np.pi, 1, 1)
-    x, y = grid[None, None, :] - uniform(-0.3, 0.3, 1, 1), grid[None, :, None] - uniform(-0.3, 0.3, 1, 1)
-    u, v = (np.cos(angle) * x + np.sin(angle) * y) / size, (np.cos(angle) * y - np.sin(angle) * x) / size
-    a, b, radius, phi = np.abs(u), np.abs(v), np.hypot(u, v), np.arctan2(v, u)
-    distance = np.choose(labels[:, None, None], [          # below zero inside, above zero outside
-        radius - 0.8,                                                               # disc
-        np.abs(radius - 0.7) - 0.17,                                                # ring
-        np.maximum(a, b) - 0.75,                                                    # square
-        np.abs(np.maximum(a, b) - 0.65) - 0.17,                                     # frame
-        np.maximum(-v, np.maximum(0.866 * u, -0.866 * u) + 0.5 * v) - 0.5,          # triangle
-        radius - 0.65 - 0.3 * np.cos(5 * phi),                                      # star
-        np.maximum(np.minimum(a, b) - 0.25, np.maximum(a, b) - 0.9),                # cross
-        np.cos(9 * u) / 6,                                                          # stripes
-        np.cos(6 * u) * np.cos(6 * v) / 4,                                          # checkerboard
-        0.22 - np.hypot(np.mod(u, 0.7) - 0.35, np.mod(v, 0.7) - 0.35)])             # dots
-    inside = np.clip(0.5 - 9 * size * distance, 0, 1)[:, None]
-    background, contrast = uniform(0.2, 0.8, 3, 1, 1), uniform(0.2, 0.5, 3, 1, 1)
-    contrast *= np.sign(uniform(-1, 1, 3, 1, 1))
-    images = background + inside * contrast + 0.1 * rng.standard_normal((count, 3, 24, 24), np.float32)
-    return torch.from_numpy(images.clip(0, 1)), torch.from_numpy(labels)
-
-
-def shapes_teacher():
-    """The demonstration's teacher: a ResNet-8 trained on 8,000 drawn pictures from a fixed seed, cached by torch.hub."""
-    cache = Path(torch.hub.get_dir()) / "checkpoints" / "zsq_shapes_resnet8_v3.pt"
-    with torch.random.fork_rng(devices=[]):
-        with contextlib.suppress(Exception):  # not there, or not whole: train it
-            model = CifarResNet(1, 10).to(memory_format=torch.channels_last)
-            model.load_state_dict(torch.load(cache, weights_only=True))
-            return model.eval()
-        torch.manual_seed(0)
-        model = CifarResNet(1, 10).to(memory_format=torch.channels_last)  # anew: what did not fit may have loaded in part
-        mean, std, *_ = DATASETS["shapes"]
-        images, labels = draw_shapes(8000, seed=0)
-        images = ((images - mean[0]) / std[0]).contiguous(memory_format=torch.channels_last)
-        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-        batches = [batch for _ in range(8) for batch in torch.randperm(len(images)).split(100)]
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=len(batches))
-        progress = Progress("teacher", len(batches))
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # sums in one order, so the same teacher for any number of cores
-        for step, batch in enumerate(batches):
-            loss = F.cross_entropy(model(images[batch]), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            progress(step + 1, {"L_CE": loss.detach()})
-        torch.set_num_threads(threads)
-    with contextlib.suppress(OSError, BadInput):  # a read-only home: train again next time
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with atomically(cache) as path:
-            torch.save(model.state_dict(), path)
-    return model.eval()
-
-
-def build_teacher(arch, dataset):
-    """The untrained network: (model, image size, mean, std, preprocessing of its test images, published weights)."""
-    mean, std, size, num_classes, *_ = DATASETS[dataset]
-    published = CIFAR_WEIGHTS.get(dataset) if arch == "resnet20" else None
-    preprocess = transforms.Compose([transforms.Resize(256 if size == 224 else size), transforms.CenterCrop(size),
-                                     transforms.ToTensor(), transforms.Normalize(mean, std)])
-    if arch in ("shapes", "resnet20"):
-        model = CifarResNet(1 if arch == "shapes" else 3, num_classes)
-    else:
-        with warnings.catch_warnings():  # of slow initial weights, which are not kept
-            warnings.simplefilter("ignore")
-            model = models.get_model(arch, weights=None, num_classes=num_classes)
-        if dataset == "imagenet":
-            choices = models.get_model_weights(arch)
-            published = getattr(choices, "IMAGENET1K_V1", choices.DEFAULT)
-            if hasattr(model, "transform_input"):  # the published Inceptions normalise once more
-                model.transform_input = True
-            preprocess = published.transforms()
-            mean, std, size = tuple(preprocess.mean), tuple(preprocess.std), preprocess.crop_size[0]
-    if not any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
-        raise BadInput(f"--arch {arch} has no batch norm, whose statistics the method needs: choose one that has")
-    return model.eval(), -(-size // 4) * 4, mean, std, preprocess, published
-
-
-def load_teacher(args, model, published):
-    """The network of build_teacher with its trained weights: those of --weights, or the published ones."""
-    if args.weights:
-        load_weights(model, args.weights, args.arch, args.dataset)
-    elif args.arch == "shapes":
-        model = shapes_teacher()
-    elif published is None:
-        raise BadInput(f"no weights are published for --arch {args.arch} on {args.dataset}: give --weights FILE")
-    else:
-        try:
-            cifar = args.arch == "resnet20"
-            state = (torch.hub.load_state_dict_from_url(published, map_location="cpu", check_hash=True, weights_only=True)
-                     if cifar else models.get_model(args.arch, weights=published).state_dict())  # some rename their keys
-            model.load_state_dict(state, strict=cifar)  # a published GoogLeNet has no auxiliary heads
-        except (OSError, RuntimeError) as error:
-            raise BadInput(f"the weights of {args.arch} could not be fetched ({first_line(error)}): "
-                           "--weights FILE takes a state dict that you have") from error
-    return model
-
-
-def load_weights(model, file, arch, dataset):
-    """Load a state dict (plain or under `state_dict`, `model_state_dict` or `model`, with or without `module.`) into the model."""
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        why = getattr(error, "strerror", None) or "not a file of tensors that torch.load reads"
-        raise BadInput(f"--weights {file}: {why}: name what torch.save(model.state_dict(), FILE) wrote") from error
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise BadInput(f"--weights {file} holds no state dict: save one with torch.save(model.state_dict(), FILE)")
-    wanted = model.state_dict()  # keeps the versions of its modules; all but counts of batches must be in the file
-    for key in list(wanted):
-        if not key.endswith("num_batches_tracked"):
-            del wanted[key]
-    wanted.update((key.removeprefix("module."), value) for key, value in state.items())
-    try:
-        model.load_state_dict(wanted)
-    except RuntimeError as error:
-        raise BadInput(f"--weights {file}, which begins with '{next(iter(state), None)}', does not fit --arch {arch} --dataset "
-                       f"{dataset}, choose those that do: {textwrap.shorten(str(error), 240)}") from error
-
-
-def find_classifier(model, num_classes, name=None):
-    """The layer that gives the logits: the one called `name`, else the last Linear or 1 x 1 Conv2d with K outputs."""
-    if name is not None:
-        layer = dict(model.named_modules()).get(name)
-        if not isinstance(layer, (nn.Linear, nn.Conv2d)):
-            raise BadInput(f"classifier '{name}' is not a Linear or Conv2d layer of the teacher: name one that is")
-        return layer
-    found = [layer for layer in model.modules()
-             if isinstance(layer, nn.Linear) and layer.out_features == num_classes
-             or isinstance(layer, nn.Conv2d) and layer.out_channels == num_classes and layer.kernel_size == (1, 1)]
-    if not found:
-        raise BadInput(f"no layer of the teacher gives {num_classes} classes: check num_classes, or name its classifier")
-    return found[-1]
-
-
-def prepare_teacher(teacher, image_size, num_classes, channels, classifier, device):
-    """(teacher, classifier, norms): a frozen copy of the teacher, its last layer, its BatchNorm2d layers in the order in
-    which they run. Tried on noise; raises BadInput if it cannot be used."""
-    if not isinstance(teacher, nn.Module):
-        raise BadInput(f"the teacher is a {type(teacher).__name__}: give the nn.Module itself, its weights loaded")
-    if torch.get_default_dtype() != torch.float32:
-        raise BadInput(f"torch's default dtype is {torch.get_default_dtype()}: set it back to torch.float32")
-    if not torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
-        raise BadInput("quantize trains: call it outside of torch.no_grad(), torch.inference_mode() and torch.autocast()")
-    if any(module._forward_hooks or module._forward_pre_hooks for module in teacher.modules()):
-        print("the teacher's hooks do not run here: if they change what it gives, put that into its forward", flush=True)
-    noise = torch.randn(2, channels, image_size, image_size, device="cpu", generator=torch.Generator().manual_seed(0))
-    images = noise.requires_grad_().to(device, copy=True)  # with gradient, as generated ones
-    try:
-        teacher = copy_without_hooks(teacher).float().eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-        layer = find_classifier(teacher, num_classes, classifier)
-        logits, features, norms, inputs = teacher_forward(teacher, layer, images)
-        again = F.linear(features, layer.weight.flatten(1), layer.bias)
-    except (BadInput, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise BadInput(f"the teacher cannot be copied and run on {image_size} x {image_size} images of {channels} channels, or not "
-                       f"through its classifier on one vector an image ({first_line(error)}): check image_size, mean, std and "
-                       "classifier; it has to return logits alone, be free of pruning and weight normalisation, and use .reshape "
-                       "or .flatten, not .view, since tensors are channels-last") from error
-    for wrong, what in (
-            (not norms, "has no BatchNorm2d with running statistics, which the method needs: convert those of other kinds"),
-            (any(len(h) != 2 for h in inputs), "has a batch norm that sees other than one map an image (patches, say), which the "
-             "method cannot compare with its statistics"),
-            (not torch.equal(images.cpu(), noise), "changes its images in place, and the student sees them after it: clone them"),
-            (not logits.requires_grad, "gives no gradient to its images: take torch.no_grad() or inference_mode() out of its forward"),
-            (logits.shape != (2, num_classes), f"gives outputs of shape {tuple(logits.shape)} for two images: check num_classes"),
-            (not logits.isfinite().all(), "gives NaN or infinite outputs for images of plain noise: check its weights"),
-            (again.shape != logits.shape or not (again - logits).abs().max() <= 2e-3 * logits.abs().max(),
-             "does not return what the layer taken for its classifier gives: name the right one with classifier")):
-        if wrong:
-            raise BadInput(f"the teacher {what}")
-    return teacher, layer, norms
-
-
-def decode(path):
-    try:
-        return datasets.folder.default_loader(path)
-    except Exception as error:
-        raise BadInput(f"--data: {path} is not an image that can be decoded: remove or replace it") from error
-
-
-def load_images(args, preprocess):
-    """Labelled test images in batches: drawn ones for `shapes`, else those of --data, or None without it."""
-    mean, std, size, num_classes, *_ = DATASETS[args.dataset]
-    if args.dataset == "shapes" and not args.data:
-        images, labels = draw_shapes(2000, seed=2)
-        return torch.utils.data.DataLoader(list(zip((images - mean[0]) / std[0], labels)), 250)
-    if not args.data:
-        return None
-    root = Path(args.data)
-    cifar = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}.get(args.dataset)
-    unpacked = cifar is not None and os.path.isdir(root / cifar.base_folder)
-    folder = root if unpacked else next((root / name for name in ("val", "test") if os.path.isdir(root / name)), root)
-    try:
-        dataset = (cifar(root, train=False, transform=preprocess) if unpacked else
-                   datasets.ImageFolder(folder, preprocess, loader=decode))
-    except (OSError, RuntimeError) as error:
-        kind = "a whole CIFAR folder" if unpacked else "a folder with one of images for each class"
-        raise BadInput(f"--data {folder} is not {kind} ({first_line(error)}): mend it, or name another") from error
-    if len(dataset.classes) != num_classes:
-        raise BadInput(f"--data {folder} has {len(dataset.classes)} classes, --dataset {args.dataset} has {num_classes}: "
-                       "choose the folder or the --dataset that fits")
-    if all(name.isdecimal() for name in dataset.classes) and dataset.classes != sorted(dataset.classes, key=int):
-        raise BadInput(f"--data {folder}: its classes are numbers, which sorted by name come as 0, 1, 10: rename them to "
-                       "as many digits each, 000, 001")
-    workers = 0 if size < 224 else min(os.cpu_count() or 1, 16)
-    return torch.utils.data.DataLoader(dataset, 250 if size < 224 else 50, num_workers=workers,
-                                       pin_memory=torch.cuda.is_available() and args.device != "cpu")
-
-
-def draw(batch_size, num_classes, generator, device):
-    """z ~ N(0, 1), (B, latent_dim), and y uniform over the classes, (B,)."""
-    return (torch.randn(batch_size, generator.latent_dim, device=device),
-            torch.randint(num_classes, (batch_size,), device=device))
-
-
-def pixel_range(mean, std):
-    """(min, max) of a normalised image: pixels lie in [0, 1], so the range of the network's input is known without data."""
-    return min(-m / s for m, s in zip(mean, std)), max((1 - m) / s for m, s in zip(mean, std))
-
-
-@torch.no_grad()
-def figures_on(batches, model, teacher, device):
-    """A model's figures on labelled images. "top1": how often its first choice is the label, in percent. "real_agreement": how
-    often it is the teacher's. "divergence": mean KL(P || Q) from the teacher. teacher: None for a model that is its own.
-    batches: a DataLoader; says how fast it is."""
-    sums, count = torch.zeros(3, device=device), 0
-    progress = Progress("evaluation", len(batches.dataset), unit="images")
-    try:
-        for images, labels in batches:
-            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            logits = model(images)
-            expected, choice = logits if teacher is None else teacher(images), logits.argmax(1)
-            sums += torch.stack([(choice == labels).sum(), (choice == expected.argmax(1)).sum(),
-                                 kd_loss(logits, expected, 1) * len(labels)])
-            count += len(labels)
-            progress(count, {})
-    except BadInput as error:
-        raise BadInput(str(error).strip().split("BadInput: ")[-1]) from None  # without a loader worker's traceback
-    right, same, divergence = sums.tolist()
-    return {"top1": 100 * right / count, "real_agreement": 100 * same / count, "divergence": divergence / count}
-
-
-# ------------------------------------------------------------------------------------------------ device and files
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def choose_device(name, precision):
-    """(device, number type): that of convolutions while training, bfloat16 where the processor is faster in it."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {name} cannot be used here ({first_line(error)}): try --device cpu") from error
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    torch.backends.cudnn.benchmark = True  # every iteration has the same shapes
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
-    if precision == "auto":
-        able = torch.cpu.get_capabilities()
-        intel = "Intel" in able.get("cpu_name", "")  # whose bfloat16 is slower than its float32, but for AMX (README)
-        fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else device.type == "cpu" and
-                (able.get("amx_bf16") or able.get("avx512_bf16") and not intel))
-        precision = "bfloat16" if fast else "float32"
-    return device, getattr(torch, precision)
+    """Something that the user gave cannot be used: one line that says what, and what to do."""
 
 
 @contextlib.contextmanager
-def atomically(path):
-    """Write to a temporary file beside `path`, which takes the place of `path` once it is whole. Raises BadInput if it cannot."""
-    temporary = path.with_name(path.name + ".tmp")
+def blaming(what):
+    """What fails inside is the user's input: BadInput, with `what` and the error in one line."""
     try:
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save's are RuntimeErrors
-        raise BadInput(f"{path} cannot be written ({first_line(error)}): make room, and go on from the last checkpoint with "
-                       "--resume") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def check_folder(out, resume):
-    """Raise BadInput unless the folder can be written and, to resume, holds a checkpoint."""
-    if resume and (out is None or not os.path.isfile(Path(out) / "checkpoint.pt")):
-        raise BadInput(f"--resume: there is no checkpoint.pt in {out}: leave --resume out, or name its folder with --out")
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise BadInput(f"--out {out} is not a folder that can be written ({error.strerror}): name another") from error
-
-
-def lock_folder(folder):
-    """Keep other runs out of this folder until the handle that it returns is closed, or the process ends."""
-    if fcntl is None:
-        return None
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise BadInput(f"--out {folder}: another run is writing there: name another folder") from error
-    except OSError:  # a file system without locks
-        pass
-    return handle
-
-
-def fingerprint(model):
-    """A hash of all parameters and buffers: whether two models are the same, bit for bit."""
-    digest = hashlib.sha256()
-    for key, value in model.state_dict().items():
-        digest.update(key.encode())
-        if torch.is_tensor(value):
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def peak_memory_mb(device):
-    """Largest memory in use so far, in MB: the GPU's, or the process's own (None where the system does not say)."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e6)
-    if resource is None:
-        return None
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3))
-
-
-# ------------------------------------------------------------------------------------------------ the run
-
-class Progress:
-    """One line that says how far a loop is: refreshed in a terminal, a plain line every ten seconds in a log."""
-
-    def __init__(self, name, total, first=0, unit="it"):
-        self.name, self.total, self.unit, self.terminal = name, total, unit, sys.stdout.isatty()
-        self.last_step, self.last_time, self.rate = first, time.monotonic(), None
-
-    def __call__(self, step, losses):
-        """step: iterations done. losses: name -> scalar tensor, read (and waited for) only when a line is printed."""
-        now = time.monotonic()
-        if now - self.last_time < (0.5 if self.terminal else 10) and step < self.total:
-            return
-        rate = (step - self.last_step) / max(now - self.last_time, 1e-9)
-        self.rate = rate if self.rate is None else 0.7 * self.rate + 0.3 * rate
-        self.last_step, self.last_time = step, now
-        left = round((self.total - step) / max(self.rate, 1e-9))
-        line = f"{self.name} {step}/{self.total}  " + "  ".join(f"{key} {float(value):.4f}" for key, value in losses.items())
-        line += f"  {self.rate:.2f} {self.unit}/s  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-        end = "" if self.terminal and step < self.total else "\n"
-        print(("\r\x1b[K" if self.terminal else "") + line, end=end, flush=True)
-
-
-class Repeated:
-    """An iteration, time after time. On a GPU, from the fourth time on, a CUDA graph of it: hundreds of operations started at
-    once, where starting each from Python takes longer than most take to run.
-
-    function: takes nothing, and nothing from outside but tensors that stay in their places, and returns tensors, whose values
-    the next time replaces. Its Python runs only until it is recorded. One whose teacher waits for the GPU is not recorded:
-    a recording that fails leaves torch's allocator (2.11) as if it still went on, so that is found out before.
-    """
-
-    def __init__(self, function, device):
-        self.function, self.device, self.times, self.graph, self.why_not = function, device, 0, None, None
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def __call__(self):
-        if self.stream is None:
-            return self.function()
-        self.times += 1  # three first: cuDNN chooses its algorithms, optimizers make their state
-        if self.times == 4 and not self.why_not:
-            self.record()
-        if self.graph is not None:
-            self.graph.replay()
-            return self.result
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            result = self.watched() if self.times == 3 else self.function()
-        torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        if self.times == 4:
-            print(f"\nno CUDA graph ({self.why_not}): each operation is started from Python", flush=True)
-        return result
-
-    def watched(self):
-        mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
-                result = self.function()
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-        if any("synchronizing" in str(warning.message) for warning in said):
-            self.why_not = "the teacher waits for the GPU"
-        return result
-
-    def record(self):
-        random = torch.cuda.default_generators[self.device.index]
-        state, graph = random.clone_state(), torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.stream(torch.cuda.current_stream(self.device)), torch.cuda.graph(  # the outer one: if this fails
-                    graph, stream=self.stream, capture_error_mode="thread_local"):
-                self.result = self.function()
-            self.graph = graph
-        except RuntimeError as error:
-            random.graphsafe_set_state(state)
-            self.why_not = first_line(error)
-
-
-class Run:
-    """Everything round the loop: checkpoints, Ctrl-C, progress, log.csv, and the figures and files at the end; used by
-    quantize(). parts: name -> what has a state_dict and belongs in the checkpoint beside student and generator."""
-
-    def __init__(self, settings, teacher, student, generator, device, evaluate, out, resume, checkpoint_every, **parts):
-        self.settings = {**settings, "teacher": fingerprint(teacher)}
-        self.teacher, self.student, self.generator, self.device, self.evaluate = teacher, student, generator, device, evaluate
-        self.out, self.resume, self.checkpoint_every = None if out is None else Path(out), resume, checkpoint_every
-        self.parts = {"student": student, "generator": generator, **parts}
-        self.step, self.seconds, self.figures, self.rows, self.requests, self.handlers = 0, 0.0, {}, [], [], {}
-        self.start = self.lock = None
-
-    def __enter__(self):
-        if self.out is not None:
-            self.lock = lock_folder(self.out)
-        if threading.current_thread() is threading.main_thread():  # no other may catch signals
-            self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            if self.resume:
-                self.load()
-            if "fp_top1" not in self.figures:  # as after a first part that had no images to measure on
-                self.measure("fp")
-            if self.out is not None and not self.resume:
-                self.set_aside()
-        except BaseException:
-            self.__exit__()
-            raise
-        print("  ".join(f"{key}={value}" for key, value in self.settings.items()) + f"  device={self.device}", flush=True)
-        self.progress = Progress(METHOD, self.settings["iterations"], self.step)
-        self.start = self.saved = time.monotonic()
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if self.lock is not None:
-            os.close(self.lock)
-
-    def stop(self, number, frame):
-        """Signal handler: the loop stops between two iterations; asked a second time, or outside of it, at once."""
-        if self.requests or self.start is None or self.step == self.settings["iterations"]:
-            raise KeyboardInterrupt
-        self.requests.append(number)
-        with contextlib.suppress(OSError):  # where there is no stderr
-            os.write(2, b"\nstopping after this iteration; once more: at once, and what came after the last checkpoint is lost\n")
-
-    def report(self, step, losses):
-        """After each iteration. step: iterations done. losses: name -> scalar tensor, read only when it is written."""
-        iterations, self.step = self.settings["iterations"], step
-        self.progress(step, losses)
-        log = step % max(1, iterations // 200) == 0 or step == iterations
-        due = self.out is not None and time.monotonic() - self.saved > self.checkpoint_every
-        save = self.requests or step == iterations or due
-        if log or save:
-            row = {"step": step, **{key: float(value) for key, value in losses.items()}}
-            for key, value in row.items():
-                if not math.isfinite(value):
-                    raise BadInput(f"{key} is {value} at iteration {step}: lower --generator-lr, --student-lr or --norm-lr")
-            if log:
-                self.rows.append(row)
-        if save:
-            self.save()
-        if step == iterations:  # what follows is measuring
-            self.seconds += time.monotonic() - self.start
-        if self.requests:
-            where = f"saved in {self.out}, --resume goes on from there" if self.out else "nothing saved without `out`"
-            raise KeyboardInterrupt(f"stopped after iteration {step} of {iterations}; {where}")
-
-    def measure(self, name):
-        """figures: those of `evaluate`, NAME_top1 and so on; and, of a student, on fresh synthetic images, how often its first
-        choice is the teacher's, and the teacher's the label, in percent. Leaves the random numbers as they are."""
-        begun, model = time.monotonic(), self.teacher if name == "fp" else self.student
-        if self.evaluate is not None:
-            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-                measured = python_values(self.evaluate(model))
-            figures = measured if isinstance(measured, dict) else {"top1": measured}
-            if (not all(isinstance(v, (int, float)) for v in figures.values()) or not 0 <= figures.get("top1", -1) <= 100
-                    or "agreement" in figures):
-                raise BadInput(f"evaluate returns {measured!r}: it has to return a model's top-1 in percent, 0 to 100, or a dict of "
-                               "numbers that has it as top1 (and no agreement: that is on generated images)")
-            self.figures.update({f"{name}_{key}": float(value) for key, value in figures.items()})
-            model.eval()  # whatever mode `evaluate` leaves it in
-        if name != "fp":
-            with torch.no_grad():
-                own, teachers, labels = torch.cat([torch.stack([model(x).argmax(1), self.teacher(x).argmax(1), y])
-                                                   for x, y in self.fresh_images()], 1)  # (images,) each
-            for key, right in ((f"{name}_agreement", own == teachers), ("recognised", teachers == labels)):
-                self.figures[key] = 100 * right.sum().item() / len(right)
-        if name == "ptq":  # the only one within the loop, whose seconds are those of iterations and calibration
-            self.seconds -= time.monotonic() - begun
-
-    @torch.no_grad()
-    def fresh_images(self):
-        """1,000 generated images (as many as were trained on, if less) and their labels, in batches of 50, for any run the same
-        noise, without using up random numbers."""
-        count = min(1000, self.settings["iterations"] * self.settings["batch_size"])
-        random = torch.Generator().manual_seed(1)
-        labels = torch.randint(self.settings["num_classes"], (count,), device="cpu", generator=random)
-        noise = torch.randn(count, self.generator.latent_dim, device="cpu", generator=random)
-        self.generator.eval()
-        for z, y in zip(noise.split(50), labels.split(50)):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings["precision"] == "bfloat16"):
-                images = self.generator(z.to(self.device), y.to(self.device))
-            yield images, y.to(self.device)
-        self.generator.train()
-
-    @torch.no_grad()
-    def save_samples(self):
-        """samples.png: generated images, the same noise for any run, one row a class, ten classes at the most."""
-        num_classes = self.settings["num_classes"]
-        rows, columns = min(num_classes, 10), 8 if self.generator.start_size <= 16 else 4
-        labels = (torch.arange(rows) * num_classes // rows).repeat_interleave(columns).to(self.device)
-        z = torch.randn(len(labels), self.generator.latent_dim, device="cpu", generator=torch.Generator().manual_seed(0))
-        pixels = self.generator.eval()(z.to(self.device), labels) * self.generator.std + self.generator.mean
-        with atomically(self.out / "samples.png") as path:
-            utils.save_image(pixels, path, nrow=columns, format="png")
-
-    def save(self):
-        if self.out is None:
-            return
-        now = time.monotonic()
-        state = {"settings": self.settings, "step": self.step, "seconds": self.seconds + now - self.start,
-                 "figures": self.figures, "rows": self.rows, "rng": torch.get_rng_state(),
-                 "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-                 **{name: part.state_dict() for name, part in self.parts.items()}}
-        with atomically(self.out / "checkpoint.pt") as path:
-            torch.save(state, path)
-        with atomically(self.out / "log.csv") as path, open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(self.rows[-1]) if self.rows else ["step"], restval="")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        self.saved = time.monotonic()
-
-    def load(self):
-        """Go on from checkpoint.pt. Raises BadInput if it cannot be read or was made with other settings."""
-        file = self.out / "checkpoint.pt"
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            made_with = state["settings"]
-        except Exception as error:
-            raise BadInput(f"--resume: {file} cannot be read ({first_line(error)}): start without --resume") from error
-        for key, value in self.settings.items():
-            if made_with.get(key) != value:
-                made = "from another teacher" if key == "teacher" else f"with {key} = {made_with.get(key)}, now it is {value}"
-                raise BadInput(f"--resume: the checkpoint in {self.out} was made {made}: use the same, or another --out")
-        for name, part in self.parts.items():
-            try:
-                part.load_state_dict(state[name])
-            except (KeyError, RuntimeError, ValueError) as error:
-                raise BadInput(f"--resume: {file} is from another version of this program ({name} does not fit): "
-                               "start without --resume") from error
-        self.step, self.seconds, self.figures, self.rows = (state[key] for key in ("step", "seconds", "figures", "rows"))
-        torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-
-    def set_aside(self):
-        """Move the files of an earlier run in this folder into a folder of their own: nothing computed is ever lost."""
-        earlier = [self.out / name for name in ("checkpoint.pt", "result.json", "student.pt", "samples.png", "log.csv")
-                   if (self.out / name).exists()]
-        if earlier:
-            aside = next(path for path in (self.out / f"earlier-{n}" for n in itertools.count(1)) if not path.exists())
-            aside.mkdir()
-            for path in earlier:
-                os.replace(path, aside / path.name)
-            print(f"the earlier run in {self.out} is now in {aside}")
-
-    def finish(self):
-        """Measure the student; write student.pt and result.json, whose content is returned; print the line for people."""
-        self.measure("q")
-        self.student.to(memory_format=torch.contiguous_format)
-        files = io.BytesIO(), io.BytesIO()
-        torch.save(self.teacher.state_dict(), files[0])
-        torch.save({**pack(self.student), "settings": self.settings}, files[1])
-        fp_mb, q_mb = (file.getbuffer().nbytes / 1e6 for file in files)
-        cuda = self.device.type == "cuda"
-        result = {**self.settings, **self.figures, "seconds": round(self.seconds, 1),
-                  "iterations_per_s": round(self.step / self.seconds, 3), "peak_memory_mb": peak_memory_mb(self.device),
-                  "fp_mb": round(fp_mb, 3), "q_mb": round(q_mb, 3), "device": str(self.device), "device_name":
-                  torch.cuda.get_device_name(self.device) if cuda else f"CPU, {torch.get_num_threads()} threads",
-                  "torch": torch.__version__, "numpy": np.__version__}
-        if self.out is not None:
-            with atomically(self.out / "student.pt") as path:
-                path.write_bytes(files[1].getbuffer())
-            with atomically(self.out / "result.json") as path:
-                valid = json.loads(json.dumps(result), parse_constant=lambda name: None)  # NaN and Infinity are no JSON
-                path.write_text(json.dumps(valid, indent=2) + "\n")
-            if len(self.settings["mean"]) in (1, 3):  # what a picture can show
-                self.save_samples()
-        w, a = self.settings["w_bits"], self.settings["a_bits"]
-        plain, smaller = f"plain {w}-bit" if w == a else f"plain W{w}A{a}", f"{fp_mb / q_mb:.1f}x smaller"
-        if self.evaluate is not None:
-            middle = f"{plain} {result['ptq_top1']:.1f} %  " if "ptq_top1" in result else ""  # if images came with --resume
-            nearness = (f" (agreement {result['q_real_agreement']:.1f} %, divergence {result['q_divergence']:.3f})"
-                        if {"q_real_agreement", "q_divergence"} <= result.keys() else "")
-            print(f"full precision {result['fp_top1']:.1f} %  {middle}{METHOD} {result['q_top1']:.1f} %{nearness}  {smaller}")
-        else:
-            print(f"agreement with the teacher on synthetic images: {plain} {result['ptq_agreement']:.1f} %  "
-                  f"{METHOD} {result['q_agreement']:.1f} %  {smaller}")
-        return result
-
-
-# ------------------------------------------------------------------------------------------------ the command line
-
-def evaluate_student(args):
-    """--evaluate: measure a packed student again on test images; nothing is trained."""
-    try:
-        packed = torch.load(args.evaluate, map_location="cpu", weights_only=True)
-        args.arch, args.dataset = packed["settings"]["arch"], packed["settings"]["dataset"]
-        model, _, _, _, preprocess, _ = build_teacher(args.arch, args.dataset)
-        student = unpack(packed, model)
+        yield
     except Exception as error:
-        why = getattr(error, "strerror", None) or f"it is not a student.pt written by this command ({first_line(error)})"
-        raise BadInput(f"--evaluate {args.evaluate}: {why}: name another") from error
-    if not args.data and args.dataset != "shapes":
-        raise BadInput("--evaluate needs --data FOLDER, the labelled images to measure on")
-    device, _ = choose_device(args.device, "float32")
-    figures = figures_on(load_images(args, preprocess), student.to(device), None, device)
-    print(f"{args.evaluate}: top-1 {figures['top1']:.2f} %")
+        raise BadInput(f"{what} ({' '.join(str(error).split())[:300] or repr(error)})") from error
 
 
-def common_flags(parser):
-    add = parser.add_argument_group("network and data").add_argument
-    add("--arch", default="shapes", metavar="NAME", help="shapes: the offline demonstration (default); resnet20: for CIFAR; or any "
-        "torchvision classifier with batch norm, such as resnet18")
-    add("--dataset", choices=DATASETS, help="what it was trained on: classes, image size, normalisation (default: the arch's)")
-    add("--weights", metavar="FILE", help="state dict of the full-precision network (default, downloaded once: torchvision's "
-        "IMAGENET1K_V1, or for resnet20 that of chenyaofo/pytorch-cifar-models)")
-    add("--data", metavar="FOLDER", help="labelled test images, to measure with, never to train: a folder for each class, "
-        "directly or in val/ or test/, or torchvision's CIFAR folder (default: none; shapes draws its own)")
-    add = parser.add_argument_group("quantization").add_argument
-    add("--w", dest="w_bits", type=int, metavar="BITS", help="bits of the weights, 2 to 8 (default: 4; 3 for shapes)")
-    add("--a", dest="a_bits", type=int, metavar="BITS", help="the same of activations; the network's own input always has 8")
-    add("--symmetric", action="store_true", help="signed codes with zero point 0 (default: asymmetric)")
-    add = parser.add_argument_group("run").add_argument
-    add("--iterations", type=int, metavar="N", help="warm-up included (default: 80000 for imagenet, GDFQ; CIFAR 1000, shapes 500)")
-    add("--batch-size", type=int, metavar="N", help="images an iteration (default: 16 for imagenet, GDFQ; CIFAR 64, shapes 32)")
-    add("--warmup", type=float, metavar="SHARE", help="of iterations in which the generator learns alone (default: %(default)s)")
-    add("--generator-lr", type=float, metavar="RATE", help="of Adam (default: %(default)s, GDFQ)")
-    add("--student-lr", type=float, metavar="RATE", help="of SGD for the student's weights, falling as a cosine to zero (default: "
-        "0.003, above 100 classes 0.001; lower in longer runs: README; published: 0.0001 CIFAR, 0.000001 ImageNet)")
-    add("--norm-lr", type=float, metavar="RATE", help="the same for its batch norms and biases (default: 0.01, lower in longer "
-        "runs; with both 0 the student is only corrected)")
-    add("--seed", type=int, metavar="N", help="seed of all random numbers (default: %(default)s)")
-    add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one, else cpu)")
-    add("--precision", help="float32, bfloat16, or auto (default: bfloat16 where it is faster); of convolutions in training alone")
-    add("--out", metavar="FOLDER", help="where result.json, student.pt, checkpoint.pt, samples.png and log.csv go (default: a "
-        "folder in out/ named after the settings); an earlier run there is moved aside, not lost")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out, exactly (on a GPU up to the order of sums)")
-    add("--checkpoint-every", type=float, metavar="SECONDS", help="(default: %(default)s); Ctrl-C saves one too")
-    add("--evaluate", metavar="STUDENT.pt", help="train nothing: measure this packed student on --data")
+# ------------------------------------------------------------------------------ teachers and images
+
+# What the teacher was trained on, and defaults. Of imagenet the preprocessing is the published one.
+CIFAR = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.2010], "image_size": 32,
+         "iterations": 1000, "batch_size": 64, "w_bits": 4, "a_bits": 4}
+DATASETS = {
+    "shapes": {"mean": [0.5] * 3, "std": [0.25] * 3, "image_size": 24, "num_classes": 10,
+               "iterations": 500, "batch_size": 32, "w_bits": 2, "a_bits": 4},
+    "cifar10": {**CIFAR, "num_classes": 10}, "cifar100": {**CIFAR, "num_classes": 100},
+    "imagenet": {"num_classes": 1000, "iterations": 80000, "batch_size": 16, "w_bits": 4,
+                 "a_bits": 4}}
+CIFAR_URL = "https://github.com/chenyaofo/pytorch-cifar-models/releases/download/resnet/"
+CIFAR_FILES = {"cifar10": "cifar10_resnet20-4118986f.pt",
+               "cifar100": "cifar100_resnet20-23dac2f1.pt"}
 
 
-def command_line(parser, argv):
-    """The command: `parser` has the flags, whose names and defaults are quantize's. All is checked before long work."""
-    def error(message):
-        raise BadInput(f"{message} (--help explains the flags)")
-    parser.error = error
-    parameters = inspect.signature(quantize).parameters
-    parser.set_defaults(**{name: value.default for name, value in parameters.items() if value.default is not value.empty})
-    args = parser.parse_args(argv)
-    if args.evaluate is not None:
-        return evaluate_student(args)
-    names = ["shapes", "resnet20"] + models.list_models(module=models)
-    if args.arch not in names:
-        near = difflib.get_close_matches(args.arch, names, 3, 0.3)
-        raise BadInput(f"--arch {args.arch} is not known: did you mean {' or '.join(near) or 'resnet18'}?")
-    args.dataset = args.dataset or {"shapes": "shapes", "resnet20": "cifar10"}.get(args.arch, "imagenet")
-    if (args.arch == "shapes") != (args.dataset == "shapes"):
-        raise BadInput("--arch shapes and --dataset shapes go together: change one of them")
-    *_, num_classes, iterations, batch_size = DATASETS[args.dataset]
-    bits = 3 if args.arch == "shapes" else 4
-    for name, default in (("w_bits", bits), ("a_bits", bits), ("iterations", iterations), ("batch_size", batch_size)):
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-    args.out = args.out or os.path.join("out", f"{METHOD.lower()}-{args.arch}-w{args.w_bits}a{args.a_bits}-seed{args.seed}")
-    model, image_size, mean, std, preprocess, published = build_teacher(args.arch, args.dataset)
-    options = {name: value for name, value in vars(args).items() if name in parameters} | dict(
-        image_size=image_size, num_classes=num_classes, mean=mean, std=std, about={"arch": args.arch, "dataset": args.dataset})
-    check_settings(options)
-    device, _ = choose_device(args.device, args.precision)
-    images, teacher = load_images(args, preprocess), load_teacher(args, model, published)
-    if images is not None:  # the full-precision model, which quantize() measures too, is its own teacher
-        options["evaluate"] = lambda model: figures_on(
-            images, model, teacher.to(device) if quant_layers(model) else None, device)
-    return quantize(teacher, **options)
+class CifarResNet(models.ResNet):
+    """ResNet for 32 x 32 images (arXiv 1512.03385, section 4.2), named as in
+    chenyaofo/pytorch-cifar-models: three stages of `blocks` blocks, 3 for ResNet-20."""
+
+    def __init__(self, blocks, num_classes):
+        super().__init__(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes)
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.inplanes, self.maxpool, self.layer4 = 16, nn.Identity(), nn.Identity()
+        for name, width, stride in (("layer1", 16, 1), ("layer2", 32, 2), ("layer3", 64, 2)):
+            setattr(self, name, self._make_layer(models.resnet.BasicBlock, width, blocks, stride))
+        self.fc = nn.Linear(64, num_classes)
 
 
-def run(main):
-    """Call main; what the user can mend is one line on stderr and exit code 2, without a traceback."""
+def draw_shapes(count, seed):
+    """The demonstration's images, (count, 3, 24, 24), normalised, and labels, (count,): ten smooth
+    shapes, mirrored, magnified, shifted and tinted at random, in noise."""
+    torch.manual_seed(0)
+    shapes = F.interpolate(torch.randn(10, 3, 8, 8), 24, mode="bicubic")
+    torch.manual_seed(seed)
+    labels = torch.randint(10, (count,))
+    images = transformed(shapes[labels], 0) + torch.rand(count, 3, 1, 1) - 0.5
+    return (images + 0.5 * torch.randn(count, 3, 24, 24)).clamp(-2, 2), labels
+
+
+def shapes_teacher():
+    """State dict of the demonstration's teacher, a ResNet-8 trained on 8,000 images, once."""
+    file = Path(torch.hub.get_dir()) / "zsq_shapes_resnet8.pt"
+    if not file.exists():
+        print("training the demonstration's teacher, once", flush=True)
+        (images, labels), model = draw_shapes(8000, seed=1), CifarResNet(1, 10)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=640)
+        for step in range(640):
+            batch = torch.randint(8000, (100,))
+            optimizer.zero_grad()
+            F.cross_entropy(model(images[batch]), labels[batch]).backward()
+            optimizer.step()
+            schedule.step()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(file, partial(torch.save, model.state_dict()))
+    return torch.load(file, weights_only=True)
+
+
+def load_teacher(arch, dataset, file):
+    """(model, quantize's arguments about it, preprocessing of test images), with the state dict in
+    `file`, else the published one, downloaded once. arch, dataset: as the flags."""
+    names = ["shapes", "resnet20", *models.list_models(module=models)]
+    if arch not in names:
+        near = difflib.get_close_matches(arch, names, 1, 0)[0]
+        raise BadInput(f"--arch {arch} is not known: did you mean {near}?")
+    about = DATASETS[dataset]
+    with blaming(f"--arch {arch} --dataset {dataset} --weights {file} cannot be loaded: give the "
+                 "file of a state dict that fits"):
+        if arch in names[:2]:
+            model = CifarResNet(1 if arch == "shapes" else 3, about["num_classes"])
+        else:
+            model = models.get_model(arch, num_classes=about["num_classes"])
+            model.transform_input = True  # published Inceptions normalise again, others ignore it
+        if dataset == "imagenet":
+            published = models.get_model_weights(arch)
+            published = getattr(published, "IMAGENET1K_V1", published.DEFAULT)
+            preprocess, url = published.transforms(), published.url
+            about = {**about, "image_size": preprocess.crop_size[0], "mean": preprocess.mean,
+                     "std": preprocess.std}
+        else:
+            preprocess = transforms.Compose([
+                transforms.Resize(about["image_size"]), transforms.ToTensor(),
+                transforms.Normalize(about["mean"], about["std"])])
+            url = CIFAR_URL + CIFAR_FILES.get(dataset, "")
+        if file:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        elif arch == "shapes":
+            state = shapes_teacher()
+        else:
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
+        state = state.get("state_dict", state)
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+        optional = {key: value for key, value in model.state_dict().items()
+                    if "aux" in key.lower() or "num_batches" in key}
+        model.load_state_dict({**optional, **state})
+    return model.eval(), about, preprocess
+
+
+def load_images(dataset, folder, preprocess, workers):
+    """Labelled test images in batches, or None: those in `folder`; the demonstration draws its."""
+    if dataset == "shapes":
+        return torch.utils.data.DataLoader(list(zip(*draw_shapes(2000, seed=2))), 250)
+    if folder is None:
+        return None
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}.get(dataset)
+    with blaming(f"--data {folder} is not a folder with one of images for each of the classes of "
+                 f"--dataset {dataset}, or torchvision's CIFAR folder"):
+        if kind and (Path(folder) / kind.base_folder).exists():
+            images = kind(folder, train=False, transform=preprocess)
+        else:
+            images = datasets.ImageFolder(folder, preprocess)
+        if len(images.classes) != DATASETS[dataset]["num_classes"]:
+            raise ValueError(f"it has {len(images.classes)} classes")
+    return torch.utils.data.DataLoader(images, 100, num_workers=workers)
+
+
+@torch.no_grad()
+def evaluate_on(batches, teacher, model):
+    """{"top1", "agreement", "divergence"} on labelled images: how often the model's first choice is
+    the label and the teacher's, in percent, and the mean of KL(P || Q) from the teacher."""
+    device, rows = next(model.parameters()).device, []
+    for images, labels in batches:
+        images = images.to(device)
+        rows.append((labels.to(device), teacher(images), model(images)))
+    labels, expected, logits = map(torch.cat, zip(*rows))
+    top1, agreement = ((logits.argmax(1) == right).float().mean().item() * 100
+                       for right in (labels, expected.argmax(1)))
+    divergence = kd_loss(logits, expected, 1).item()
+    return {"top1": top1, "agreement": agreement, "divergence": divergence}
+
+
+@torch.no_grad()
+def fresh_images(generator):
+    """1,000 generated images and labels in batches, without using up random numbers."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for _ in range(20):
+            yield generator.sample(50)
+
+
+# ------------------------------------------------------------------------------------------ a run
+
+
+def choose_device(name, precision):
+    """(device, dtype of convolutions in training): bfloat16 where the processor is faster in it. On
+    a GPU, beside that, iterations are replayed as a CUDA graph, and sums have no fixed order."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    with blaming(f"--device {name} cannot be used: try cpu"):
+        device = torch.zeros(1, device=name).device
+    torch.backends.cudnn.benchmark = True  # every iteration has the same shapes
+    cpu = torch.cpu.get_capabilities()  # an Intel without AMX is slower in bfloat16
+    fast = cpu.get("amx_bf16") or cpu.get("avx512_bf16") and "AMD" in cpu["cpu_name"]
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" or fast else "float32"
+    return device, getattr(torch, precision)
+
+
+def prepare_models(teacher, settings, device):
+    """(teacher, classifier, student): a frozen copy of the teacher; its last layer, the one that
+    `classifier` names, else the last with K outputs; its quantized copy. Both are tried on noise.
+    Raises BadInput for a teacher that cannot be used."""
+    s = SimpleNamespace(**settings)
+    pixels = [(pixel - m) / d for pixel in (0, 1) for m, d in zip(s.mean, s.std)]
+    images = torch.randn(2, len(s.mean), s.image_size, s.image_size, device=device)
+    teacher = getattr(teacher, "_orig_mod", teacher)                    # of torch.compile
+    teacher = teacher.module if isinstance(teacher, nn.DataParallel) else teacher
+    with blaming(f"the teacher cannot be used on images of {tuple(images.shape[1:])}: it has to "
+                 f"have BatchNorm2d and return the {s.num_classes} logits of its last layer, "
+                 f"{s.classifier}, without softmax; check image_size, num_classes, classifier"):
+        for key, value in teacher.state_dict().items():
+            if not value.isfinite().all():
+                raise ValueError(f"{key} is NaN or infinite")
+        teacher = copy.deepcopy(teacher).float().eval().requires_grad_(False)
+        teacher.to(device, memory_format=torch.channels_last)
+        layer = [m for key, m in teacher.named_modules() if key == s.classifier or not s.classifier
+                 and s.num_classes in (getattr(m, "out_features", 0), getattr(m, "out_channels", 0))
+                 ][-1]
+        logits, features, statistics = teacher_forward(teacher, layer, images.requires_grad_())
+        batch_norm_loss(statistics).backward()
+        again = F.linear(features, layer.weight.flatten(1), layer.bias)
+        torch.testing.assert_close(again, logits, rtol=1e-3, atol=1e-3)
+        student = quantize_model(teacher, s.w_bits, s.a_bits, s.symmetric, least_error=not s.plain,
+                                 input_range=(min(pixels), max(pixels)))
+        copy.deepcopy(student)(images)
+    return teacher, layer, student
+
+
+def make_student_optimizer(student, settings, steps):
+    """SGD, rates falling as a cosine. That of batch norms and biases is the higher one: these are
+    few and gain by it, while weights at such a rate take a student of many classes away from its
+    teacher. In a longer run both are lower, or the student ends farther from its teacher."""
+    longest = 1000 if settings["num_classes"] <= 100 else 4000
+    scale, groups = min(1, longest / settings["iterations"]) ** 0.5, []
+    for name, decay, matrices in (("student_lr", 1e-4, True), ("norm_lr", 0, False)):
+        learn = [p for p in student.parameters() if (p.dim() > 1) == matrices]
+        lr = torch.tensor(settings[name] * scale, device=learn[0].device)   # for a CUDA graph
+        groups.append({"params": learn, "lr": lr, "weight_decay": decay})
+    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=True)
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+
+
+def student_step(optimizer, loss):
+    """A step with clipped gradients: else a 3-bit student can fall to chance."""
+    optimizer.zero_grad()
+    loss.backward()
+    for group in optimizer.param_groups:
+        nn.utils.clip_grad_norm_(group["params"], 3.0)
+    optimizer.step()
+
+
+def cuda_graph(function):
+    """On a GPU, a function of nothing that returns tensors is recorded at its fourth call, then
+    replayed: its operations start at once, instead of one by one from Python."""
+    stream, calls, graph, result = torch.cuda.Stream(), 0, None, None
+
+    def call():
+        nonlocal calls, graph, result
+        calls += 1
+        if calls == 4:
+            try:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=stream):
+                    result = function()
+            except RuntimeError as error:
+                print(f"no CUDA graph, so slower: {error}", flush=True)
+                graph = None
+        if graph:
+            graph.replay()
+            return result
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            losses = function()
+        torch.cuda.current_stream().wait_stream(stream)
+        return losses
+    return call
+
+
+def write_file(path, write):
+    """write(temporary file), which takes the place of `path` once it is whole."""
+    temporary = path.with_suffix(".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def start_run(settings, out, resume, parts):
+    """What a run knows: settings, step, seconds, metrics, rows of log.csv; its folder; its parts,
+    {name: what has a state_dict}. With resume all of it is that of the checkpoint in `out`."""
+    run = SimpleNamespace(settings=settings, step=0, seconds=0.0, metrics={}, rows=[])
+    folder = Path(out or ".")
+    file = folder / "checkpoint.pt"
+    if resume:
+        with blaming(f"--resume: {file} cannot be used"):
+            saved = torch.load(file, weights_only=True)
+            for key, value in settings.items():
+                if saved["settings"][key] != value:
+                    raise ValueError(f"{key} was {saved['settings'][key]}, now it is {value}")
+            for name, part in parts.items():
+                part.load_state_dict(saved.pop(name))
+            torch.set_rng_state(saved.pop("rng"))
+            torch.cuda.set_rng_state_all(saved.pop("cuda_rng"))
+        vars(run).update(saved)
+        if "calibrated_top1" in run.metrics:
+            freeze(parts["student"])
+    elif out:
+        folder.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            raise BadInput(f"--out {out} holds a run: name another folder, or add --resume")
+    print(*(f"{key}={value}" for key, value in settings.items()), flush=True)
+    run.folder, run.parts = out and folder, parts
+    return run
+
+
+def save_checkpoint(run):
+    """checkpoint.pt, with which --resume goes on to the same bits, and log.csv."""
+    state = {**vars(run), "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+    del state["folder"]
+    for name, part in state.pop("parts").items():
+        state[name] = part.state_dict()
+    write_file(run.folder / "checkpoint.pt", partial(torch.save, state))
+    lines = [run.rows[-1], *(row.values() for row in run.rows)]
+    (run.folder / "log.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
+
+
+def train(run, train_step, last, schedule=None):
+    """Call train_step, which returns losses by name, up to iteration `last`. Print and keep them
+    200 times a run; save each minute, at the end, and at Ctrl-C or SIGTERM, which stop the run."""
+    iterations, then = run.settings["iterations"], time.monotonic()
+    saved = then
+    if run.parts["generator"].mean.is_cuda:
+        train_step = cuda_graph(train_step)
+    TRAINING.append(1)
+    for step in range(run.step + 1, last + 1):
+        losses = train_step()
+        if schedule:
+            schedule.step()
+        now = time.monotonic()
+        run.step, run.seconds, then = step, run.seconds + now - then, now
+        save = step == last or STOP or now - saved > 60
+        if save or step % max(1, iterations // 200) == 0:
+            row = {"step": step, **{name: value.item() for name, value in losses.items()}}
+            run.rows.append(row)
+            rate = step / run.seconds
+            print(METHOD, *(f"{name} {value:.4g}" for name, value in row.items()),
+                  f"{rate:.2f} it/s  {(iterations - step) / rate / 60:.1f} min left", sep="  ",
+                  end="  \r" if sys.stdout.isatty() and step < last else "\n", flush=True)
+            if not math.isfinite(sum(row.values())):
+                raise BadInput("a loss is not finite: lower --student-lr, --norm-lr or "
+                               "--generator-lr")
+        if save and run.folder:
+            save_checkpoint(run)
+            saved = now
+        if STOP:
+            raise KeyboardInterrupt(f"stopped after iteration {step}; --resume goes on")
+    TRAINING.clear()
+
+
+@torch.no_grad()
+def finish(run, teacher, images):
+    """Write student.pt, samples.png and result.json, whose content is returned; say the result.
+    images: what top-1 is of, if not of real images."""
+    student, generator = run.parts["student"], run.parts["generator"]
+    packed, device = pack(student.to(memory_format=torch.contiguous_format)), generator.mean.device
+    fp_mb, q_mb = (sum(value.nbytes for value in state.values()) / 1e6
+                   for state in (teacher.state_dict(), packed["state"]))
+    left = [name for name, layer in quant_layers(student).items() if layer.observing]
+    result = {**run.settings, **run.metrics, "fp_mb": fp_mb, "q_mb": q_mb, "never_ran": left,
+              "seconds": run.seconds, "iterations_per_s": run.step / run.seconds,
+              "torch": torch.__version__, "device": f"{device}, {torch.get_num_threads()} threads"}
+    if device.type == "cuda":
+        result["device"] = torch.cuda.get_device_name()
+        result["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 1e6
+    if run.folder:
+        write_file(run.folder / "student.pt", partial(torch.save, {**packed, **run.settings}))
+        (run.folder / "result.json").write_text(json.dumps(result, indent=2))
+        labels = torch.arange(80, device=device) // 8 * generator.num_classes // 10
+        z = torch.randn(80, generator.latent_dim, device=device)
+        pixels = generator(z, labels) * generator.std + generator.mean
+        utils.save_image(pixels, run.folder / "samples.png")
+    print(f"{images}full precision {result['fp_top1']:.1f} %  plain {result['ptq_top1']:.1f} %  "
+          f"{METHOD} {result['q_top1']:.1f} %  {fp_mb / q_mb:.1f}x smaller"
+          f"{'  never ran, so their input is in float: ' if left else ''}{', '.join(left)}")
+    return result
+
+
+# --------------------------------------------------------------------------------- the command line
+
+# A flag a line: its name, what it takes (- for nothing), its help.
+COMMON_FLAGS = """
+arch NAME shapes, the offline demonstration (default); resnet20; or any torchvision classifier
+dataset shapes|cifar10|cifar100|imagenet what it was trained on (default: the arch's)
+weights FILE state dict of the full-precision network (default: the published one, downloaded once)
+data FOLDER labelled test images, to measure with: a folder a class, or torchvision's CIFAR folder
+workers N processes that load them (default: 4; where shared memory is small, 0)
+w BITS bits of the weights, 2 to 8 (default: 4; shapes 2)
+a BITS bits of the activations, 2 to 8 (default: 4); the network's own input has 8
+symmetric - signed codes with zero point 0 (default: asymmetric)
+plain - the paper alone: minimum-to-maximum ranges, no calibration, no image transformed
+iterations N in all, warm-up included (default: imagenet 80000, GDFQ; CIFAR 1000, shapes 500)
+batch-size N images an iteration (default: imagenet 16, GDFQ; CIFAR 64, shapes 32)
+warmup X share of the iterations in which the generator learns alone (default: 0.15)
+generator-lr X generator learning rate, Adam (default: 0.001, GDFQ)
+student-lr X learning rate of the student's weights, SGD (default: 0.003, above 100 classes 0.001)
+norm-lr X learning rate of the student's batch norms and biases, SGD (default: 0.01)
+bns-weight X weight of L_BNS in L_G (default: 1, above 100 classes 100; GDFQ 0.1)
+ce-weight X weight of the cross-entropy in L_Q (default: 1, above 100 classes 0)
+seed N seed of all random numbers (default: 0)
+device NAME cuda, cuda:1 or cpu (default: cuda if there is one)
+precision auto|float32|bfloat16 of convolutions in training (default: bfloat16 where it is faster)
+out FOLDER where the files go (default: out/, method, arch, bits and a number)
+resume - go on from the checkpoint in --out, with the same settings, to the same bits
+evaluate STUDENT.pt train nothing: measure this student on --data
+"""
+
+
+def fail(message):
+    raise BadInput(f"{message}: see --help")
+
+
+def command_line(argv, method_flags):
+    """The command: the flags, the teacher, the images, then quantize."""
+    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    for line in (COMMON_FLAGS.strip() + method_flags.rstrip()).splitlines():
+        name, kind, text = line.split(None, 2)
+        options = {"type": {"N": int, "BITS": int, "X": float}.get(kind, str), "metavar": kind}
+        if kind == "-":
+            options = {"action": "store_true"}
+        elif "|" in kind:
+            options = {"choices": kind.split("|")}
+        parser.add_argument("--" + name, help=text, **options)
+    given = vars(parser.parse_args(argv))
+    arch, file, folder = (given.pop(name, None) for name in ("arch", "weights", "data"))
+    arch = arch or "shapes"
+    guess = {"shapes": "shapes", "resnet20": "cifar10"}.get(arch, "imagenet")
+    dataset, workers = given.pop("dataset", guess), given.pop("workers", 4)
+    model, about, preprocess = load_teacher(arch, dataset, file)
+    images = load_images(dataset, folder, preprocess, workers)
+    device, _ = choose_device(given.get("device", "auto"), "float32")
+    model.to(device)
+    if "evaluate" in given:
+        with blaming("--evaluate needs a student of this --arch, and --data"):
+            packed = torch.load(given["evaluate"], map_location="cpu", weights_only=True)
+            student = unpack(packed, model)
+            print(evaluate_on(images, model, student))
+        return
+    options = {**about, **given, "about": {"arch": arch, "dataset": dataset, "weights": file}}
+    for name in given:
+        if name in ("w", "a"):
+            options[f"{name}_bits"] = options.pop(name)
+        elif name.startswith("no_"):
+            options[name[3:]] = not options.pop(name)
+    if "out" not in given:
+        name = f"{METHOD.lower()}-{arch}-w{options['w_bits']}a{options['a_bits']}-"
+        folders = (f"out/{name}{number}" for number in range(10000))
+        options["out"] = next(folder for folder in folders if not Path(folder).exists())
+    if images:
+        options["evaluate"] = partial(evaluate_on, images, model)
+    quantize(model, **options)
+
+
+def stop(number, frame):
+    """Signal handler: lets an iteration end; at once if asked again, or outside of training."""
+    if STOP or not TRAINING:
+        raise KeyboardInterrupt("stopped")
+    STOP.append(number)
+
+
+def run_command(main):
+    """Call main; what the user can fix is one line on stderr and exit code 2."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         main()
-    except BadInput as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)):
-            raise
-        print(f"{Path(sys.argv[0]).name}: not enough memory ({first_line(error)}): choose a smaller --batch-size", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as error:
-        print(f"\n{Path(sys.argv[0]).name}: {str(error) or 'interrupted'}", file=sys.stderr)
-        sys.exit(130)
-# ================================================================================================ shared plumbing: end
+    except (BadInput, OSError, KeyboardInterrupt) as error:
+        print(f"{METHOD}: {error}", file=sys.stderr)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+# ============================================================================= shared plumbing: end
 
 
-RULES = {"lka": YES_OR_NO, "margin": (lambda v: v is None or abs(v) < math.pi, "a number of radians between -pi and pi"),
-         "kd": (lambda v: v in ("kl", "dkd"), "kl or dkd"), "temperature": POSITIVE, "alpha": NOT_NEGATIVE,
-         "beta": NOT_NEGATIVE, "bns_weight": NONE_OR_NOT_NEGATIVE, "ce_weight": NONE_OR_NOT_NEGATIVE,
-         "pull": (lambda v: v is None or 0 <= v <= 1, "a share, from 0 to 1")}
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common_flags(parser)
-    add = parser.add_argument_group("method (--no-lka --margin 0 --kd kl --pull 0: GDFQ's losses; README, differences)").add_argument
-    add("--no-lka", dest="lka", action="store_false", help="generator without large-kernel attention")
-    add("--margin", type=float, metavar="RADIANS", help="AMA's angular margin on the label's logit; below 0 it widens the "
-        "angles (default: -0.5 up to 100 classes, 0 above)")
-    add("--kd", choices=("dkd", "kl"), help="distillation: decoupled (default) or plain KL divergence")
-    add("--temperature", type=float, metavar="T", help="temperature of the distillation (default: %(default)s, as in the "
-        "decoupled distillation paper)")
-    add("--alpha", type=float, help="weight of TCKD (default: %(default)s)")
-    add("--beta", type=float, help="weight of NCKD (default: %(default)s)")
-    add("--bns-weight", type=float, help="weight of L_BNS (default: 1 up to 100 classes, 100 above; GDFQ has 0.1)")
-    add("--ce-weight", type=float, help="weight of the student's cross-entropy (default: 1 up to 100 classes, 0 above)")
-    add("--pull", type=float, metavar="SHARE", help="of the way back to where the student began to learn, that its weights, batch "
-        "norms and biases go after each step, falling as their rates do (default: 0.01, lower in longer runs; above 100 "
-        "classes 0)")
-    command_line(parser, argv)
-
+METHOD_FLAGS = """
+no-lka - generator without large-kernel attention
+ama logit|centre|none Adversarial Margin Add (default: logit; with --plain or many classes, centre)
+margin X angle of --ama logit, radians (default: -0.5)
+kd dkd|kl distillation: decoupled (default), or the plain KL divergence
+temperature X of the distillation (default: 1, published)
+alpha X weight of TCKD, label against the rest (default: 1, published)
+beta X weight of NCKD, among the other classes (default: 8, published)
+"""
 
 if __name__ == "__main__":
-    run(main)
+    run_command(partial(command_line, None, METHOD_FLAGS))
