@@ -767,7 +767,7 @@ def finish(run, teacher, images):
         utils.save_image(pixels, run.folder / "samples.png")
     near = ""
     if "q_divergence" in result:
-        near = f" (agreement {result['q_agreement']:.1f} %, divergence {result['q_divergence']:.3f})"
+        near = " (agreement {q_agreement:.1f} %, divergence {q_divergence:.3f})".format(**result)
     print(f"{images}full precision {result['fp_top1']:.1f} %  plain {result['ptq_top1']:.1f} %  "
           f"{METHOD} {result['q_top1']:.1f} %{near}  {fp_mb / q_mb:.1f}x smaller"
           f"{'  never ran, so their input is in float: ' if left else ''}{', '.join(left)}")

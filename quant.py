@@ -341,7 +341,8 @@ def calibrate(student, teacher, batches):
                 w = weight.flatten(1).unflatten(0, (len(x), -1))        # (groups, O / groups, n)
                 weight.copy_(gptq_layer(w, x, target, round_column).view_as(weight))
 
-        layer.observe(args[0])
+        for x in args[0].split(len(batches[0])):
+            layer.observe(x)
         with _Calls(fit_weight):
             layer.layer(layer.quantize_input(args[0]))
 
