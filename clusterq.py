@@ -432,7 +432,7 @@ CIFAR = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.2010], "ima
          "iterations": 1000, "batch_size": 64, "w_bits": 4, "a_bits": 4}
 DATASETS = {
     "shapes": {"mean": [0.5] * 3, "std": [0.25] * 3, "image_size": 24, "num_classes": 10,
-               "iterations": 500, "batch_size": 32, "w_bits": 2, "a_bits": 4},
+               "iterations": 300, "batch_size": 32, "w_bits": 2, "a_bits": 4},
     "cifar10": {**CIFAR, "num_classes": 10}, "cifar100": {**CIFAR, "num_classes": 100},
     "imagenet": {"num_classes": 1000, "iterations": 80000, "batch_size": 16, "w_bits": 4,
                  "a_bits": 4}}
@@ -787,7 +787,7 @@ w BITS bits of the weights, 2 to 8 (default: 4; shapes 2)
 a BITS bits of the activations, 2 to 8 (default: 4); the network's own input has 8
 symmetric - signed codes with zero point 0 (default: asymmetric)
 plain - the paper alone: minimum-to-maximum ranges, no calibration, no image transformed
-iterations N in all, warm-up included (default: imagenet 80000, GDFQ; CIFAR 1000, shapes 500)
+iterations N in all, warm-up included (default: imagenet 80000, GDFQ; CIFAR 1000, shapes 300)
 batch-size N images an iteration (default: imagenet 16, GDFQ; CIFAR 64, shapes 32)
 warmup X share of the iterations in which the generator learns alone (default: 0.15)
 generator-lr X generator learning rate, Adam (default: 0.001, GDFQ)

@@ -398,11 +398,9 @@ def unpack_bits(packed, bits, count):
 
 @torch.no_grad()
 def pack(student):
-    """A quantized model as a dict for torch.save, read back with weights_only=True.
-
-    "config": the arguments of quantize_model. "state": the state dict, weights as packed codes,
-    uint8, but for layers that never ran. RuntimeError if ranges are still being observed.
-    """
+    """A quantized model as a dict for torch.save. "config": the arguments of quantize_model.
+    "state": the state dict, weights as packed codes, uint8, but for layers that never ran.
+    RuntimeError if ranges are still being observed."""
     layers = {name: m for name, m in quant_layers(student).items() if m.min_val <= m.max_val}
     if not layers or any(layer.observing for layer in layers.values()):
         raise RuntimeError("nothing to pack: run images through the model, then freeze it")
