@@ -9,6 +9,9 @@ features cluster by class. Q learns from P on them.
     python clusterq.py --arch resnet18 --w 4 --a 4  # an ImageNet network; for a GPU
     python clusterq.py --help                       # every flag and its default
 
+Result (README): ResNet-20, CIFAR-10, 3-bit weights and activations, 1,000 iterations of 64, one
+seed: 85.9 % of 88.0, where plain quantization leaves 75.5; a quarter of an hour on one core.
+
 Where each part comes from, and the flag without it:
 
     generator, L_CE + L_BNS, alternate steps         GDFQ, arXiv 2003.03603     (the baseline:

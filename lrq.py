@@ -9,6 +9,9 @@ them.
     python lrq.py --arch resnet18 --w 4 --a 4   # an ImageNet network; for a GPU
     python lrq.py --help                        # every flag and its default
 
+Result (README): ResNet-20, CIFAR-10, 2-bit weights and 4-bit activations, 400 iterations of 64,
+three seeds: 85.1 +- 0.1 % of 88.0, where plain quantization leaves 29.6; five minutes on one core.
+
 Where each part comes from, and the flag without it:
 
     generator, L_CE + L_BNS, alternate steps         GDFQ, arXiv 2003.03603     (the baseline:
