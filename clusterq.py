@@ -350,7 +350,8 @@ def quantize(teacher, *, image_size, num_classes, mean, std, w_bits, a_bits, ite
         losses = {"L_CE": F.cross_entropy(teacher_logits, labels),
                   "L_BNS": batch_norm_loss(statistics)}
         loss = losses["L_CE"] + bns_weight * losses["L_BNS"]
-        means, variances, weights = semantic_statistics(statistics, first_layer)
+        if sfda:
+            means, variances, weights = semantic_statistics(statistics, first_layer)
         if sfda and learns:
             seen, amplitude = centroids.seen[labels], noise if variance else 0
             losses["L_SFDA"] = (
@@ -360,8 +361,8 @@ def quantize(teacher, *, image_size, num_classes, mean, std, w_bits, a_bits, ite
         generator_optimizer.zero_grad()
         loss.backward()
         generator_optimizer.step()
-        recognised = teacher_logits.argmax(1) == labels
-        if not learns or ema:                                           # the centroids follow
+        if sfda and (ema or not learns):                                # the centroids follow
+            recognised = teacher_logits.argmax(1) == labels
             centroids.update(means, variances, labels, recognised, rho)
 
         # 4. Student step on the same images, half transformed: L_Q = c CE(Q(x), y) + T^2 KL.

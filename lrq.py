@@ -371,12 +371,12 @@ def quantize(teacher, *, image_size, num_classes, mean, std, w_bits, a_bits, ite
         if ama == "centre":
             losses["L_AMA"] = ama_centre_loss(features, generator.centres, labels)
             loss = loss + losses["L_AMA"]
+            with torch.no_grad():                                       # older images count less
+                generator.centres[labels] = 0.9 * generator.centres[labels]
+                generator.centres.index_add_(0, labels, features)
         generator_optimizer.zero_grad()
         loss.backward()
         generator_optimizer.step()
-        with torch.no_grad():                                           # older images count less
-            generator.centres[labels] = 0.9 * generator.centres[labels]
-            generator.centres.index_add_(0, labels, features)
 
         # 4. Student step on the same images, half of them transformed: L_Q = c CE(Q(x), y) + L_DKD.
         if learns:
