@@ -2,62 +2,45 @@
 """LRQ: long-range zero-shot generative quantization (arXiv 2211.06816; Neural Networks 166, 2023).
 
 A trained classifier P becomes a low-bit one, Q, without any of its data: a generator G learns to
-draw images whose batch-norm statistics and classes are those that P remembers. Q learns from P on
-them.
+draw images whose batch-norm statistics and classes are those that P remembers; Q learns from P.
 
-    python lrq.py                               # offline demonstration, a few minutes on two cores
+    python lrq.py                               # offline demonstration, a minute on two cores
     python lrq.py --arch resnet18 --w 4 --a 4   # an ImageNet network; for a GPU
     python lrq.py --help                        # every flag and its default
 
-Result (README): ResNet-20, CIFAR-10, 2-bit weights and 4-bit activations, 400 iterations of 64,
-three seeds: 85.1 +- 0.1 % of 88.0, where plain quantization leaves 29.6; five minutes on one core.
+RESULT
 
 Where each part comes from, and the flag without it:
-
-    generator, L_CE + L_BNS, alternate steps         GDFQ, arXiv 2003.03603     (the baseline:
-                                                             --no-lka --ama none --kd kl)
-    large-kernel attention in the generator          LRQ                        --no-lka
-    Adversarial Margin Add (AMA)                     LRQ                        --ama none
-    decoupled distillation                           LRQ, arXiv 2203.08679      --kd kl
-    ranges of least error, GPTQ, GPTAQ, corrected    literature of quantization
-      batch norms: quant.calibrate                     with data                --plain
-    half of the student's images transformed         this project               --plain
-    AMA on the logit (--ama logit)                   this project               --plain
-    L_BNS in units of each layer, label added to z,
-      two rates, clipped gradients, embeddings
-      begun from the classifier                      this project               (none)
+    generator, L_CE + L_BNS, alternate steps  GDFQ, arXiv 2003.03603  (--no-lka --ama none --kd kl)
+    large-kernel attention in the generator   LRQ                     --no-lka
+    Adversarial Margin Add (AMA)              LRQ                     --ama none
+    decoupled distillation                    LRQ, arXiv 2203.08679   --kd kl
+    quant.calibrate: ranges of least error,   quantization with data  --plain
+      GPTQ and GPTAQ, corrected batch norms
+    transformed images, AMA on the logit      this project            --plain
+    L_BNS in units of each layer, label       this project            (none)
+      added to z, clipped gradients
+The first line alone is the baseline; --plain is the paper alone.
 
 The algorithm, numbered as in quantize():
  1. Draw noise z, labels y and images x = G(z, y).
  2. Generator step on L_G = L_CE + a L_BNS, through the frozen P. AMA is a margin within L_CE
     (`logit`) or one more term (`centre`). The generator learns alone at first.
- 3. Once, between the generator's warm-up and the student's first step: Q's ranges are observed on
-    20 batches (plain quantization), then Q is calibrated on them, half of each transformed.
- 4. Student step on the same images, half of them transformed: L_Q = c CE(Q(x), y) + L_DKD.
+ 3. Once, before the student's first step: observe Q's ranges on 20 batches (plain quantization),
+    then calibrate Q on them, half of each transformed.
+ 4. Student step on the same images, half of them transformed: L_Q = CE(Q(x), y) + L_DKD.
  5. Report and save.
  6. Evaluate, and write Q as integers.
 
-The main differences from the paper and its published code (github.com/hfutly66/LRQ, branch master;
-all are in the README):
- - AMA keeps images from crowding at the place that is typical of their class. It has two forms.
-   `centre`, as published: images stay at 16.9 to 49.8 degrees from the centre of their class's
-   features. `logit`, ours: a margin within the class loss. The default is `logit` up to 100
-   classes (a student nearer to its teacher), and `centre` above, where `logit` leaves no class
-   loss, and with --plain.
- - The generator learns throughout. The published code then optimises its images one by one.
+Differences from the paper and its code (github.com/hfutly66/LRQ, branch master; README has more).
+AMA: `centre`, as published, keeps images at 16.9 to 49.8 degrees from the centre of their class's
+features; `logit`, ours, is a margin within the class loss, the default up to 100 classes, where the
+student ends nearer to its teacher. The generator learns throughout; the published code then
+optimises its images one by one.
 
 Shapes: B batch size, K classes, D features, S image size, C channels, H and W height and width.
 """
-import argparse
-import contextlib
-import copy
-import difflib
-import json
-import math
-import os
-import signal
-import sys
-import time
+import argparse, contextlib, copy, difflib, json, math, os, re, signal, sys, time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,145 +50,99 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision import datasets, models, transforms, utils
 
-from quant import calibrate, freeze, pack, quant_layers, quantize_model, unpack
+from quant import batch_norms, calibrate, freeze, pack, quant_layers, quantize_model, unpack
 
 METHOD = "LRQ"
 
 # --------------------------------------------------------------------------------------- generator
-
-
 class LargeKernelAttention(nn.Module):
     """Attention over 23 x 23 pixels (VAN, arXiv 2202.09741, section 3): (B, C, H, W) -> the same.
-
     u * conv1x1(depthwise 7x7, dilation 3 (depthwise 5x5 (u))), between two 1 x 1 convolutions, as
-    a residual scaled by a learnt factor a channel that starts at 0.01.
-    """
-
+    a residual scaled by a learnt factor a channel that starts at 0.01."""
     def __init__(self, channels):
         super().__init__()
-        self.project_in, self.mix, self.project_out = (
-            nn.Conv2d(channels, channels, 1) for _ in range(3))
-        self.local = nn.Conv2d(channels, channels, 5, padding=2, groups=channels)
-        self.long_range = nn.Conv2d(channels, channels, 7, padding=9, dilation=3, groups=channels)
+        conv = partial(nn.Conv2d, channels, channels)
+        self.project_in, self.project_out = conv(1), conv(1)
+        depthwise = partial(conv, groups=channels)
+        self.attention = nn.Sequential(
+            depthwise(5, padding=2), depthwise(7, padding=9, dilation=3), conv(1))
         self.layer_scale = nn.Parameter(torch.full((channels, 1, 1), 1e-2))
 
     def forward(self, x):
         u = F.gelu(self.project_in(x))
         with torch.autocast("cpu", enabled=False):  # else gradients of 1e30 at times
-            wide = self.long_range(self.local(u.float()))
-        return x + self.layer_scale * self.project_out(u * self.mix(wide))
-
-
-class UpConv2d(nn.Conv2d):
-    """A 3 x 3 convolution of the image upsampled twice, (B, I, H, W) -> (B, O, 2 H, 2 W), in 4/9 of
-    the multiplications: of nine upsampled pixels only four differ, so it is a transposed
-    convolution, whose 4 x 4 kernel sums the 3 x 3 one over the four places of a pixel's copies."""
-
-    def forward(self, x):
-        kernel = sum(F.pad(self.weight, (i, 1 - i, j, 1 - j)) for i in (0, 1) for j in (0, 1))
-        kernel = kernel.flip(2, 3).transpose(0, 1)                      # (I, O, 4, 4)
-        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
-
+            u = u.float() * self.attention(u.float())
+        return x + self.layer_scale * self.project_out(u)
 
 class Generator(nn.Module):
-    """G(z, y): noise (B, latent_dim), labels (B,) -> normalised images (B, C, S, S).
+    """G(z, y): noise (B, 100), labels (B,) -> normalised images (B, C, S, S).
 
-    GDFQ's generator (arXiv 2003.03603), from S/4 on, for S of 64 and more from S/8, with
-    large-kernel attention where it is coarsest: there one kernel spans most of the image at the
-    least cost. The label's embedding is added to z (GDFQ multiplies: then the label is found in
-    the variance alone). mean, std: of the teacher's normalisation. Pixels stay in [0, 1], the
-    range to which the student's input is quantized.
-    """
-
-    def __init__(self, image_size, num_classes, mean, std, latent_dim=100, lka=True):
+    GDFQ's generator (arXiv 2003.03603), from S/4 on (from 64 pixels on S/8), with large-kernel
+    attention where it is coarsest: there one kernel spans most of the image at the least cost.
+    The label's embedding is added to z (GDFQ multiplies: then the label is found in the variance
+    alone). mean, std: of the teacher's normalisation, a number a channel, of pixels in [0, 1]."""
+    def __init__(self, image_size, num_classes, mean, std, lka=True):
         super().__init__()
-        self.image_size, self.latent_dim, self.num_classes = image_size, latent_dim, num_classes
-        widths = (128, 128, 64) if image_size < 64 else (128, 128, 64, 32)
-        self.start_size = -(-image_size // 2 ** (len(widths) - 1))      # rounded up
-        self.embedding = nn.Embedding(num_classes, latent_dim)
-        self.linear = nn.Linear(latent_dim, 128 * self.start_size ** 2)
-        layers = [nn.BatchNorm2d(128), LargeKernelAttention(128) if lka else nn.Identity()]
-        for i, o in zip(widths, widths[1:]):                            # twice as high and wide
-            layers += [UpConv2d(i, o, 3), nn.BatchNorm2d(o), nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(o, len(mean), 3, padding=1))
-        self.last_norm = nn.BatchNorm2d(len(mean), affine=False)
+        self.embedding = nn.Embedding(num_classes, 100)
+        widths = (32, 128, 128) if image_size < 64 else (32, 64, 128, 128)      # at S, S/2, ...
+        start = image_size >> len(widths) - 1
+        layers = [nn.Linear(100, 128 * start ** 2), nn.Unflatten(1, (128, start, start)),
+                  nn.BatchNorm2d(128), LargeKernelAttention(128) if lka else nn.Identity()]
+        for level in reversed(range(len(widths) - 1)):
+            o = widths[level]
+            layers += [nn.Upsample(image_size >> level), nn.Conv2d(widths[level + 1], o, 3, 1, 1),
+                       nn.BatchNorm2d(o), nn.LeakyReLU(0.2, inplace=True)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(o, len(mean), 3, 1, 1), nn.Tanh(),
+                                    nn.BatchNorm2d(len(mean), affine=False))
         self.mean, self.std = (nn.Buffer(torch.tensor(v).view(-1, 1, 1)) for v in (mean, std))
 
     def forward(self, z, labels):
-        x = self.linear(z + self.embedding(labels))
-        x = x.view(len(z), self.start_size, self.start_size, 128).permute(0, 3, 1, 2)
-        x = self.last_norm(self.layers(x).float().tanh())               # (B, C, S or more, ...)
-        pixels = (0.5 + 0.25 * x[:, :, :self.image_size, :self.image_size]).clamp(0, 1)
-        return (pixels - self.mean) / self.std
+        x = self.layers(z + self.embedding(labels)).float()
+        return ((0.5 + 0.25 * x).clamp(0, 1) - self.mean) / self.std
 
     def sample(self, count):
         """Images for z ~ N(0, 1) and y uniform over the classes, and y."""
-        z = torch.randn(count, self.latent_dim, device=self.mean.device)
-        labels = torch.randint(self.num_classes, (count,), device=z.device)
+        z = torch.randn(count, 100, device=self.mean.device)
+        labels = torch.randint(self.embedding.num_embeddings, (count,), device=z.device)
         return self(z, labels), labels
 
-
-def class_codes(class_weight, latent_dim):
-    """What the embeddings of more than 100 classes start from, (K, D) -> (K, latent_dim): principal
-    components of the classifier's rows, root mean square 10. Classes that are alike to the teacher
-    have codes that are alike, so what G learns of one serves others too."""
-    rows = class_weight.float().cpu()
-    u, s, _ = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
-    codes = F.pad(u * s, (0, latent_dim - len(s)))                      # or cropped, if longer
-    return 10 * codes / codes.square().mean().sqrt()
-
-
-def transformed(images, first):
-    """Images, (B, C, S, S), from number `first` on mirrored at random, magnified by 0.5 to 2.5
-    (log-uniform) and shifted by up to half their size; the border is reflected. Generated images
-    have few layouts. The teacher has to be asked again what it sees."""
-    x = images[first:]
-    scale = torch.empty(len(x), device=x.device).uniform_(math.log(0.4), math.log(2)).exp()
-    theta = x.new_zeros(len(x), 2, 3)                                   # where a pixel comes from
-    theta[:, 0, 0] = scale * (torch.rand_like(scale) - 0.5).sign()
-    theta[:, 1, 1] = scale
-    theta[:, :, 2].uniform_(-1, 1)                                      # 2 is the whole image
-    grid = F.affine_grid(theta, x.shape, align_corners=False)
-    x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
-    return torch.cat([images[:first], x])
-
+def transformed(images):
+    """Images, (B, C, S, S), mirrored at random, magnified by 0.5 to 2.5 (log-uniform), shifted by
+    up to half their size, reflected at the border: generated ones have few layouts."""
+    zoom = images.new_empty(len(images), 1, 1).uniform_(math.log(0.4), math.log(2)).exp()
+    theta = images.new_empty(len(images), 2, 3).uniform_(-1, 1)         # third column: the shift
+    mirror = theta[:, 0, 0].sign()
+    theta[:, :, :2] = zoom * torch.eye(2, device=zoom.device)           # where a pixel comes from
+    theta[:, 0, 0] *= mirror
+    grid = F.affine_grid(theta, images.shape, align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 # ------------------------------------------------------------------------------------------ losses
-
-
 def batch_norm_loss(statistics):
     """L_BNS = mean_l [ MSE(mean(h_l), mu_l) / s_l^2 + MSE(var(h_l), var_l) / s_l^4 ]
 
     statistics: for each batch norm l the layer, with running means mu_l and variances var_l, and
-    means and variances over height and width of its input h_l, (B, C_l) each. mean and var
-    (biased) are over batch, height and width, MSE over channels. s_l^2 is the mean of var_l: so
-    each layer counts alike. Source: GDFQ, arXiv 2003.03603, eq. 4, where s_l is 1.
-    """
+    mean and biased variance of its input h_l, (C_l,) each. MSE is over channels. s_l^2 is the mean
+    of var_l: so each layer counts alike. Source: GDFQ, arXiv 2003.03603, eq. 4, where s_l is 1."""
     loss = 0
-    for norm, means, variances in statistics:
-        mean, s2 = means.mean(0), norm.running_var.mean().clamp(min=norm.eps)
-        var = variances.mean(0) + (means - mean).square().mean(0)       # within images, and between
-        loss = loss + (mean - norm.running_mean).square().mean() / s2
-        loss = loss + (var - norm.running_var).square().mean() / s2.square()
+    for norm, mean, var in statistics:
+        s2 = norm.running_var.mean().clamp(min=norm.eps)
+        loss = loss + F.mse_loss(mean, norm.running_mean) / s2
+        loss = loss + F.mse_loss(var, norm.running_var) / s2.square()
     return loss / len(statistics)
-
 
 def ama_logits(features, weight, bias, labels, margin):
     """Logits with a margin m on the label's angle: |f| |W_y| cos(theta_y + m) + b_y, (B, K).
 
     features: f, (B, D). weight: W, (K, D). bias: b, (K,) or None. labels: y, (B,). margin: m,
-    radians; below 0 it widens the angles. theta_y is the angle between f and W_y, and
-        cos(theta + m) = cos(m) cos(theta) - sin(m) sin(theta).
-    At m = 0 these are the plain logits. Source: ours, for LRQ's Adversarial Margin Add, after
-    ArcFace, arXiv 1801.07698, eq. 3, at the classifier's own scale.
-    """
+    radians; below 0 it widens the angles. theta_y: the angle between f and W_y. At m = 0 these are
+    the plain logits. Source: ours, for LRQ's Adversarial Margin Add, after ArcFace (arXiv
+    1801.07698, eq. 3) at the classifier's own scale."""
     w_y = weight[labels]                                                # (B, D)
-    cosine = F.cosine_similarity(features, w_y)                         # (B,)
-    sine = (1 - cosine.square()).clamp(min=1e-12).sqrt()
-    change = (math.cos(margin) - 1) * cosine - math.sin(margin) * sine
+    cosine = F.cosine_similarity(features, w_y).clamp(1e-6 - 1, 1 - 1e-6)
+    change = (cosine.acos() + margin).cos() - cosine                    # (B,)
     change = change * features.norm(dim=1) * w_y.norm(dim=1)
     return F.linear(features, weight, bias).scatter_add(1, labels[:, None], change[:, None])
-
 
 def ama_centre_loss(features, centres, labels, margin=0.5, low=0.3, high=0.8):
     """L_AMA = mean of max(low - d, 0) + max(d - high, 0), d = 1 - cos(theta + margin).
@@ -213,146 +150,106 @@ def ama_centre_loss(features, centres, labels, margin=0.5, low=0.3, high=0.8):
     features: f, (B, D). centres: (K, D), sums of the features of each class's earlier images, of
     which only the direction counts; zeros without any. labels: y, (B,). theta: the angle between f
     and the centre of class y. The mean is over images whose class has a centre. They may come no
-    nearer to it than 16.9 degrees and go no farther than 49.8. Source: LRQ's published code.
-    """
+    nearer to it than 16.9 degrees and go no farther than 49.8. Source: LRQ's published code."""
     centre = centres[labels]                                            # (B, D)
     cosine = F.cosine_similarity(features, centre).clamp(1e-6 - 1, 1 - 1e-6)
     d, seen = 1 - (cosine.acos() + margin).cos(), centre.any(1)
     return ((low - d).relu() + (d - high).relu()).mul(seen).sum() / seen.sum().clamp(min=1)
 
-
 def kd_loss(student_logits, teacher_logits, temperature):
     """KL(P || Q) T^2 of the softened distributions, the mean over the batch: (B, K), (B, K) -> ().
     T^2 keeps the gradient's size as T changes (Hinton et al., arXiv 1503.02531, section 2)."""
-    log_q = F.log_softmax(student_logits / temperature, 1)
-    log_p = F.log_softmax(teacher_logits / temperature, 1)
+    log_q, log_p = ((v / temperature).log_softmax(1) for v in (student_logits, teacher_logits))
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature ** 2
-
 
 def dkd_loss(student_logits, teacher_logits, labels, alpha, beta, temperature):
     """L_DKD = (alpha TCKD + beta NCKD) T^2, the mean over the batch: (B, K), (B, K), (B,) -> ().
 
     TCKD: KL of [p_y, 1 - p_y], the target class against the rest. NCKD: KL of the softmax over the
     other classes. KL(P || Q) = TCKD + (1 - p_y) NCKD, so at alpha = beta = 1 what P knows of the
-    other classes counts fully even where it is sure. Source: arXiv 2203.08679, eq. 5 and 7.
-    """
-    target = F.one_hot(labels, student_logits.shape[1]).bool()          # (B, K)
-
+    other classes counts fully even where it is sure. Source: arXiv 2203.08679, eq. 5 and 7."""
     def split(logits):
-        others = (logits / temperature).masked_fill(target, -1e4)       # as good as left out
-        label = (logits / temperature).gather(1, labels[:, None])
-        binary = torch.cat([label, others.logsumexp(1, keepdim=True)], 1)
-        return binary.log_softmax(1), others.log_softmax(1)             # (B, 2), (B, K)
-    tckd, nckd = (F.kl_div(q, p, reduction="batchmean", log_target=True)
-                  for q, p in zip(split(student_logits), split(teacher_logits)))
+        target = logits.gather(1, labels[:, None])                      # (B, 1)
+        others = logits.scatter(1, labels[:, None], -1e4)               # (B, K), without y
+        return torch.cat([target, others.logsumexp(1, keepdim=True)], 1), others
+    tckd, nckd = (kd_loss(q, p, 1) for q, p in zip(split(student_logits / temperature),
+                                                   split(teacher_logits / temperature)))
     return (alpha * tckd + beta * nckd) * temperature ** 2
 
-
 # ------------------------------------------------------------------------ seeing inside the teacher
-
-
-class MeanVariance(torch.autograd.Function):
-    """Mean and biased variance of h, (B, C, H, W), over height and width, in float32: with plain
-    sums, or torch.var_mean, an iteration takes a tenth longer on a CPU."""
-
-    @staticmethod
-    def forward(ctx, h):
-        wide = h.float()
-        mean = wide.mean((2, 3), keepdim=True)
-        ctx.save_for_backward(h, mean)
-        return mean.flatten(1), (wide - mean).square_().mean((2, 3))
-
-    @staticmethod
-    def backward(ctx, *grads):
-        h, mean = ctx.saved_tensors
-        shift, slope = (grad[:, :, None, None] / h[0, 0].numel() for grad in grads)
-        shift = shift - 2 * slope * mean
-        return torch.addcmul(shift.to(h), 2 * slope.to(h), h)
-
-
 def teacher_forward(teacher, classifier, images):
-    """(logits, features, statistics): (B, K), the classifier's input (B, D), and for each
-    BatchNorm2d, as they run, the layer and means and variances of its input, (B, C_l) each."""
-    features, statistics, hooks = [], [], []
+    """(logits, features, statistics): (B, K), the classifier's input (B, D), and for each batch
+    norm, as they run, the layer and mean and biased variance of its input, (C_l,) each."""
+    features, statistics = [], []
 
     def keep_statistics(norm, args):
-        statistics.append((norm, *MeanVariance.apply(args[0])))
+        h = args[0].movedim(1, -1).flatten(0, -2).float()               # (B H W, C)
+        mean, square = h.sum(0) / len(h), (h * h).sum(0) / len(h)       # h.mean(0) would be slower
+        statistics.append((norm, mean, square - mean * mean))
 
     def keep_features(layer, args):
-        features[:] = [args[0].float()]
-    for layer in teacher.modules():
-        if isinstance(layer, nn.BatchNorm2d) and layer.track_running_stats:
-            hooks.append(layer.register_forward_pre_hook(keep_statistics))
-    hooks.append(classifier.register_forward_pre_hook(keep_features))
-    try:
-        return teacher(images).float(), features[0].reshape(len(images), -1), statistics
-    finally:
-        for hook in hooks:
-            hook.remove()
-
+        features.append(args[0].float().flatten(1))
+    with contextlib.ExitStack() as hooks:
+        for norm in batch_norms(teacher).values():
+            hooks.enter_context(norm.register_forward_pre_hook(keep_statistics))
+        hooks.enter_context(classifier.register_forward_pre_hook(keep_features))
+        return teacher(images).float(), features[-1], statistics
 
 # --------------------------------------------------------------------------------------- the method
+def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_size, w_bits=4,
+             a_bits=4, symmetric=False, plain=False, warmup=0.15, generator_lr=1e-3,
+             student_lr=None, bns_weight=None, lka=True, ama=None, margin=-0.5, kd="dkd",
+             temperature=1.0, alpha=1.0, beta=8.0, seed=0, precision="auto", device="auto",
+             evaluate=None, out=None, resume=False, about=None):
+    """Quantize a trained classifier without its data. Returns (student, what result.json holds).
 
-# What depends on the number of classes: up to 100 of them, or more. With a thousand, labels are
-# learnt long after statistics (bns_weight), the teacher sees another class than the label in most
-# images (ce_weight), and features begin at a right angle to W_y, where the margin leaves no loss.
-# So do class_codes and make_student_optimizer.
-FEW_CLASSES = {"bns_weight": 1.0, "ce_weight": 1.0, "student_lr": 3e-3, "ama": "logit"}
-MANY_CLASSES = {"bns_weight": 100.0, "ce_weight": 0.0, "student_lr": 1e-3, "ama": "centre"}
-
-
-def quantize(teacher, *, image_size, num_classes, mean, std, w_bits, a_bits, iterations, batch_size,
-             symmetric=False, plain=False, warmup=0.15, generator_lr=1e-3, student_lr=None,
-             norm_lr=1e-2, bns_weight=None, ce_weight=None, lka=True, ama=None, margin=-0.5,
-             kd="dkd", temperature=1.0, alpha=1.0, beta=8.0, classifier=None, evaluate=None,
-             seed=0, device="auto", precision="auto", out=None, resume=False, about=None):
-    """Quantize a trained classifier without its data. Returns (student, result).
-
-    teacher: an nn.Module, (B, C, S, S) -> logits (B, K), with BatchNorm2d; it is not changed.
+    teacher: an nn.Module, (B, C, S, S) -> logits (B, K), with batch norms; it is not changed.
     image_size: S, 8 or more. num_classes: K. mean, std: the teacher's normalisation, a number a
-    channel, of pixels in [0, 1]. w_bits, a_bits: 2 to 8. classifier: the name of the teacher's last
-    layer, found by itself if None. evaluate: a function of a model, on `device`, that returns a
-    dict of numbers with "top1", in percent; if None, the models are compared on generated images
-    (evaluate_on). out: a folder for result.json, student.pt, checkpoint.pt, log.csv, samples.png.
-    about: what else to record there. The rest are the command's flags (--help).
-
-    The student is in evaluation mode, and has to stay there; quant.pack gives its integers. The
-    result is what result.json holds. Raises BadInput, a ValueError, before any long work, for what
-    cannot be used. Seeds torch's random numbers.
-    """
-    settings = {"method": METHOD, **locals()}
-    for name in ("teacher", "evaluate", "device", "out", "resume"):     # the result is as without
-        del settings[name]
-    if plain and ama is None:
-        settings["ama"] = "centre"                                      # the published one
-    for name, value in (MANY_CLASSES if num_classes > 100 else FEW_CLASSES).items():
-        settings[name] = value if settings[name] is None else settings[name]
-    bns_weight, ce_weight, student_lr, ama = (settings[name] for name in FEW_CLASSES)
+    channel, of pixels in [0, 1]. w_bits, a_bits: 2 to 8. evaluate: a function of a model, on
+    `device`, that returns a dict of numbers with "top1", in percent; if None, the models are
+    compared on generated images. out: a folder for result.json, student.pt, checkpoint.pt,
+    log.csv, samples.png. about: what else to record. The rest are the command's flags (--help).
+    The student has to stay in evaluation mode; quant.pack gives its integers. Raises BadInput, a
+    ValueError, before any long work, for what cannot be used. Seeds torch's random numbers."""
+    few = num_classes <= 100  # with more, f and W_y begin at a right angle: no loss by `logit`
+    ama = ama or ("logit" if few and not plain else "centre")
+    if bns_weight is None:  # labels are learnt long after statistics
+        bns_weight = 1.0 if few else 100.0
+    if student_lr is None:  # a student of many classes is easily taken away from its teacher
+        student_lr = 3e-3 if few else 1e-3
     if iterations < 1 or batch_size < 2 or not 0 <= warmup < 1:
         raise BadInput("iterations: 1 or more; batch_size: 2 or more; warmup: 0 or more, below 1")
-    device, dtype = choose_device(device, precision)
-    settings["precision"] = str(dtype)
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    device = choose_device(device)
+    if precision == "auto":
+        fast = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16")
+        precision = "bfloat16" if fast else "float32"
+    settings = {"method": METHOD, **locals()}
+    for name in ("teacher", "few", "fast", "device", "evaluate", "out", "resume"):
+        settings.pop(name, None)                                        # the result is as without
+    autocast = partial(torch.autocast, device.type, getattr(torch, precision),
+                       enabled=precision != "float32")
     torch.manual_seed(seed)
     teacher, classifier, student = prepare_models(teacher, settings, device)
     weight, bias = classifier.weight.flatten(1), classifier.bias        # W, (K, D); b, (K,)
-    generator = Generator(image_size, num_classes, mean, std, lka=lka)
-    if num_classes > 100:
-        generator.embedding.weight.data = class_codes(weight, generator.latent_dim)
+    generator = Generator(image_size, num_classes, mean, std, lka)
     generator.centres = nn.Buffer(torch.zeros(weight.shape))            # of ama_centre_loss
-    generator.to(device, memory_format=torch.channels_last)
+    generator.to(device)
     generator_optimizer = torch.optim.Adam(
         generator.parameters(), generator_lr, betas=(0.5, 0.999), fused=True, capturable=True)
     warm_iterations, half = int(iterations * warmup), batch_size // 2
-    student_optimizer, schedule = make_student_optimizer(
-        student, settings, iterations - warm_iterations)
+    student_optimizer = torch.optim.SGD(
+        [p for p in student.parameters() if p.requires_grad],
+        torch.tensor(student_lr, device=device), 0.9, nesterov=True, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        student_optimizer, iterations - warm_iterations)
     run = start_run(settings, out, resume, {
         "student": student, "generator": generator, "student_optimizer": student_optimizer,
         "generator_optimizer": generator_optimizer, "schedule": schedule})
 
     def measure(name, model):
-        on_generated = partial(evaluate_on, fresh_images(generator), teacher)
-        found = (evaluate or on_generated)(model)
+        with torch.random.fork_rng():                                   # training is as without
+            generated = (generator.sample(50) for _ in range(20))
+            found = evaluate(model) if evaluate else evaluate_on(generated, teacher, model)
         run.metrics.update({f"{name}_{key}": value for key, value in found.items()})
 
     def train_step(learns):
@@ -360,10 +257,9 @@ def quantize(teacher, *, image_size, num_classes, mean, std, w_bits, a_bits, ite
         # 1. Draw noise and labels, and images from them.
         with autocast():
             images, labels = generator.sample(batch_size)               # (B, C, S, S), (B,)
-            teacher_logits, features, statistics = teacher_forward(teacher, classifier, images)
-
+            expected, features, statistics = teacher_forward(teacher, classifier, images)
         # 2. Generator step on L_G = L_CE + a L_BNS, AMA in it or added, through the frozen teacher.
-        logits = teacher_logits
+        logits = expected
         if ama == "logit":
             logits = ama_logits(features, weight, bias, labels, margin)
         losses = {"L_CE": F.cross_entropy(logits, labels), "L_BNS": batch_norm_loss(statistics)}
@@ -372,63 +268,62 @@ def quantize(teacher, *, image_size, num_classes, mean, std, w_bits, a_bits, ite
             losses["L_AMA"] = ama_centre_loss(features, generator.centres, labels)
             loss = loss + losses["L_AMA"]
             with torch.no_grad():                                       # older images count less
-                generator.centres[labels] = 0.9 * generator.centres[labels]
+                generator.centres[labels] *= 0.9
                 generator.centres.index_add_(0, labels, features)
         generator_optimizer.zero_grad()
         loss.backward()
         generator_optimizer.step()
-
-        # 4. Student step on the same images, half of them transformed: L_Q = c CE(Q(x), y) + L_DKD.
+        # 4. Student step on the same images, half of them transformed: L_Q = CE(Q(x), y) + L_DKD.
         if learns:
-            images = images.detach() if plain else transformed(images.detach(), half)
+            images, expected = images.detach(), expected.detach()
             with autocast():
+                if not plain:                                           # P sees these anew
+                    images[half:] = transformed(images[half:])
+                    expected[half:] = teacher(images[half:]).float()
                 logits = student(images).float()
-                with torch.no_grad():                                   # P sees the other half anew
-                    again = teacher(images[half:]).float()
-            expected = torch.cat([teacher_logits[:half].detach(), again])
-            seen = expected.argmax(1) == labels         # no cross-entropy where P predicts another
-            losses["L_QCE"] = (F.cross_entropy(logits, labels, reduction="none") * seen).mean()
-            if kd == "dkd":
-                losses["L_KD"] = dkd_loss(logits, expected, labels, alpha, beta, temperature)
-            else:
-                losses["L_KD"] = kd_loss(logits, expected, temperature)
-            student_step(student_optimizer, ce_weight * losses["L_QCE"] + losses["L_KD"])
+            loss = losses["L_KD"] = (kd_loss(logits, expected, temperature) if kd == "kl" else
+                                     dkd_loss(logits, expected, labels, alpha, beta, temperature))
+            if few:  # with more classes, P sees another class than the label in most images
+                seen = expected.argmax(1) == labels                     # such images do not count
+                losses["L_QCE"] = (F.cross_entropy(logits, labels, reduction="none") * seen).mean()
+                loss = loss + losses["L_QCE"]
+            student_optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(student.parameters(), 3.0)         # else Q can fall to chance
+            student_optimizer.step()
         return {name: loss.detach() for name, loss in losses.items()}
 
     # Step 5, report and save, is within train. The generator alone at first:
     train(run, partial(train_step, False), warm_iterations)
     # 3. Once, before the student's first step: observe its ranges and calibrate it.
     if "calibrated_top1" not in run.metrics:
-        with torch.no_grad():
-            with autocast():
-                batches = [generator.sample(batch_size)[0] for _ in range(20)]
-            for images in batches:
-                student(images)
+        with torch.no_grad(), autocast():
+            batches = [generator.sample(batch_size)[0] for _ in range(20)]
+        for images in batches:
+            student(images)
         measure("fp", teacher)
         measure("ptq", freeze(student))
         if not plain:
-            print("calibrating: ranges, weights and batch norms, layer by layer", flush=True)
-            calibrate(student, teacher, [transformed(images, half) for images in batches])
+            say("calibrating: ranges, weights and batch norms, layer by layer")
+            for images in batches:
+                images[half:] = transformed(images[half:])
+            calibrate(student, teacher, batches)
         measure("calibrated", student)
+        # In many steps, or with little left to learn, Q ends farther from P at the full rate.
+        share = min(1, kd_loss(student(images), teacher(images), 1).item() / 0.02,
+                    64000 / iterations / batch_size) ** 0.5
+        student_optimizer.param_groups[0]["lr"] *= share
     train(run, partial(train_step, True), iterations, schedule)
-    # 6. Evaluate (AMA is about the angles between features and W_y), and write Q as integers.
     measure("q", student)
-    angles = torch.cat([F.cosine_similarity(teacher_forward(teacher, classifier, images)[1],
-                                            weight[labels]).acos().rad2deg()
-                        for images, labels in fresh_images(generator)])
-    run.metrics.update(angle_mean=angles.mean().item(), angle_std=angles.std().item())
-    return student, finish(run, teacher, "" if evaluate else "on generated images: ")
-
+    return student, finish(run, teacher, "" if evaluate else "on generated images: ")   # step 6
 
 # =========================================================================== shared plumbing: begin
 # The same, byte for byte, in lrq.py and clusterq.py: teachers, images, runs, the command line.
 
-TRAINING, STOP = [], []  # while TRAINING, Ctrl-C and SIGTERM add to STOP, asked after an iteration
-
+STOP = []  # Ctrl-C and SIGTERM add to it; it is asked after each iteration
 
 class BadInput(ValueError):
     """Something that the user gave cannot be used: one line that says what, and what to do."""
-
 
 @contextlib.contextmanager
 def blaming(what):
@@ -436,67 +331,53 @@ def blaming(what):
     try:
         yield
     except Exception as error:
-        raise BadInput(f"{what} ({' '.join(str(error).split())[:300] or repr(error)})") from error
-
+        raise BadInput(f"{what} ({' '.join(str(error).split())[:600] or repr(error)})") from error
 
 # ------------------------------------------------------------------------------ teachers and images
-
 # What the teacher was trained on, and defaults. Of imagenet the preprocessing is the published one.
-CIFAR = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.2010], "image_size": 32,
-         "iterations": 1000, "batch_size": 64, "w_bits": 4, "a_bits": 4}
+CIFAR10 = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.2010], "image_size": 32,
+           "num_classes": 10, "iterations": 1000, "batch_size": 64}
 DATASETS = {
-    "shapes": {"mean": [0.5] * 3, "std": [0.25] * 3, "image_size": 24, "num_classes": 10,
-               "iterations": 300, "batch_size": 32, "w_bits": 2, "a_bits": 4},
-    "cifar10": {**CIFAR, "num_classes": 10}, "cifar100": {**CIFAR, "num_classes": 100},
-    "imagenet": {"num_classes": 1000, "iterations": 80000, "batch_size": 16, "w_bits": 4,
-                 "a_bits": 4}}
-CIFAR_URL = "https://github.com/chenyaofo/pytorch-cifar-models/releases/download/resnet/"
-CIFAR_FILES = {"cifar10": "cifar10_resnet20-4118986f.pt",
-               "cifar100": "cifar100_resnet20-23dac2f1.pt"}
-
+    "shapes": {**CIFAR10, "image_size": 24, "iterations": 300, "batch_size": 32, "w_bits": 2},
+    "cifar10": CIFAR10,
+    "imagenet": {"num_classes": 1000, "iterations": 80000, "batch_size": 16}}
+RESNET20_URL = ("https://github.com/chenyaofo/pytorch-cifar-models/releases/download/resnet/"
+                "cifar10_resnet20-4118986f.pt")
+OLD_NAMES = r"^module\.|(denselayer\d+\.\w+)\.(?=\d)"  # DataParallel's; of torchvision's densenets
 
 class CifarResNet(models.ResNet):
     """ResNet for 32 x 32 images (arXiv 1512.03385, section 4.2), named as in
     chenyaofo/pytorch-cifar-models: three stages of `blocks` blocks, 3 for ResNet-20."""
-
     def __init__(self, blocks, num_classes):
         super().__init__(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes)
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
         self.inplanes, self.maxpool, self.layer4 = 16, nn.Identity(), nn.Identity()
-        for name, width, stride in (("layer1", 16, 1), ("layer2", 32, 2), ("layer3", 64, 2)):
-            setattr(self, name, self._make_layer(models.resnet.BasicBlock, width, blocks, stride))
+        self.layer1, self.layer2, self.layer3 = (
+            self._make_layer(models.resnet.BasicBlock, width, blocks, stride)
+            for width, stride in ((16, 1), (32, 2), (64, 2)))
         self.fc = nn.Linear(64, num_classes)
-
 
 def draw_shapes(count, seed):
     """The demonstration's images, (count, 3, 24, 24), normalised, and labels, (count,): ten smooth
-    shapes, mirrored, magnified, shifted and tinted at random, in noise."""
+    shapes, mirrored, magnified and shifted at random, in noise."""
     torch.manual_seed(0)
     shapes = F.interpolate(torch.randn(10, 3, 8, 8), 24, mode="bicubic")
     torch.manual_seed(seed)
     labels = torch.randint(10, (count,))
-    images = transformed(shapes[labels], 0) + torch.rand(count, 3, 1, 1) - 0.5
-    return (images + 0.5 * torch.randn(count, 3, 24, 24)).clamp(-2, 2), labels
-
+    images = transformed(shapes[labels]) + 0.5 * torch.randn(count, 3, 24, 24)
+    return images.clamp(-2, 2), labels
 
 def shapes_teacher():
-    """State dict of the demonstration's teacher, a ResNet-8 trained on 8,000 images, once."""
-    file = Path(torch.hub.get_dir()) / "zsq_shapes_resnet8.pt"
-    if not file.exists():
-        print("training the demonstration's teacher, once", flush=True)
-        (images, labels), model = draw_shapes(8000, seed=1), CifarResNet(1, 10)
-        optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=640)
-        for step in range(640):
-            batch = torch.randint(8000, (100,))
-            optimizer.zero_grad()
-            F.cross_entropy(model(images[batch]), labels[batch]).backward()
-            optimizer.step()
-            schedule.step()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(file, partial(torch.save, model.state_dict()))
-    return torch.load(file, weights_only=True)
-
+    """The demonstration's teacher, a ResNet-8 trained on 8,000 images: the same each time."""
+    say("training the demonstration's teacher")
+    (images, labels), model = draw_shapes(8000, seed=1), CifarResNet(1, 10)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(640):
+        batch = torch.randint(8000, (100,))
+        optimizer.zero_grad()
+        F.cross_entropy(model(images[batch]), labels[batch]).backward()
+        optimizer.step()
+    return model
 
 def load_teacher(arch, dataset, file):
     """(model, quantize's arguments about it, preprocessing of test images), with the state dict in
@@ -506,55 +387,43 @@ def load_teacher(arch, dataset, file):
         near = difflib.get_close_matches(arch, names, 1, 0)[0]
         raise BadInput(f"--arch {arch} is not known: did you mean {near}?")
     about = DATASETS[dataset]
-    with blaming(f"--arch {arch} --dataset {dataset} --weights {file} cannot be loaded: give the "
-                 "file of a state dict that fits"):
-        if arch in names[:2]:
-            model = CifarResNet(1 if arch == "shapes" else 3, about["num_classes"])
-        else:
-            model = models.get_model(arch, num_classes=about["num_classes"])
-            model.transform_input = True  # published Inceptions normalise again, others ignore it
+    with blaming(f"--arch {arch} --dataset {dataset} --weights {file} do not fit"):
         if dataset == "imagenet":
-            published = models.get_model_weights(arch)
-            published = getattr(published, "IMAGENET1K_V1", published.DEFAULT)
+            published = models.get_model_weights(arch)["IMAGENET1K_V1"]
             preprocess, url = published.transforms(), published.url
             about = {**about, "image_size": preprocess.crop_size[0], "mean": preprocess.mean,
                      "std": preprocess.std}
         else:
             preprocess = transforms.Compose([
-                transforms.Resize(about["image_size"]), transforms.ToTensor(),
-                transforms.Normalize(about["mean"], about["std"])])
-            url = CIFAR_URL + CIFAR_FILES.get(dataset, "")
-        if file:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        elif arch == "shapes":
-            state = shapes_teacher()
+                transforms.ToTensor(), transforms.Normalize(about["mean"], about["std"])])
+            url = RESNET20_URL
+        if arch == "shapes" and not file:
+            return shapes_teacher().eval(), about, preprocess
+        if arch in names[:2]:
+            model = CifarResNet(1 if arch == "shapes" else 3, about["num_classes"])
         else:
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
+            model = models.get_model(arch, num_classes=about["num_classes"])
+            model.transform_input = True  # published Inceptions normalise again, others ignore it
+        state = (torch.load(file, map_location="cpu") if file else
+                 torch.hub.load_state_dict_from_url(url, check_hash=True))
         state = state.get("state_dict", state)
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-        optional = {key: value for key, value in model.state_dict().items()
-                    if "aux" in key.lower() or "num_batches" in key}
-        model.load_state_dict({**optional, **state})
+        model.load_state_dict({re.sub(OLD_NAMES, r"\1", key): v for key, v in state.items()})
     return model.eval(), about, preprocess
-
 
 def load_images(dataset, folder, preprocess, workers):
     """Labelled test images in batches, or None: those in `folder`; the demonstration draws its."""
     if dataset == "shapes":
-        return torch.utils.data.DataLoader(list(zip(*draw_shapes(2000, seed=2))), 250)
-    if folder is None:
+        return [draw_shapes(2000, seed=2)]
+    if not folder:
         return None
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}.get(dataset)
-    with blaming(f"--data {folder} is not a folder with one of images for each of the classes of "
-                 f"--dataset {dataset}, or torchvision's CIFAR folder"):
-        if kind and (Path(folder) / kind.base_folder).exists():
-            images = kind(folder, train=False, transform=preprocess)
+    with blaming(f"--data {folder} has to have a folder of images for each class of {dataset}"):
+        if dataset == "cifar10" and os.path.exists(f"{folder}/cifar-10-batches-py"):
+            images = datasets.CIFAR10(folder, train=False, transform=preprocess)
         else:
             images = datasets.ImageFolder(folder, preprocess)
         if len(images.classes) != DATASETS[dataset]["num_classes"]:
             raise ValueError(f"it has {len(images.classes)} classes")
     return torch.utils.data.DataLoader(images, 100, num_workers=workers)
-
 
 @torch.no_grad()
 def evaluate_on(batches, teacher, model):
@@ -565,173 +434,106 @@ def evaluate_on(batches, teacher, model):
         images = images.to(device)
         rows.append((labels.to(device), teacher(images), model(images)))
     labels, expected, logits = map(torch.cat, zip(*rows))
-    top1, agreement = ((logits.argmax(1) == right).float().mean().item() * 100
+    top1, agreement = (100 * (logits.argmax(1) == right).float().mean().item()
                        for right in (labels, expected.argmax(1)))
-    divergence = kd_loss(logits, expected, 1).item()
-    return {"top1": top1, "agreement": agreement, "divergence": divergence}
-
-
-@torch.no_grad()
-def fresh_images(generator):
-    """1,000 generated images and labels in batches, without using up random numbers."""
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        for _ in range(20):
-            yield generator.sample(50)
-
+    return {"top1": top1, "agreement": agreement, "divergence": kd_loss(logits, expected, 1).item()}
 
 # ------------------------------------------------------------------------------------------ a run
-
-
-def choose_device(name, precision):
-    """(device, dtype of convolutions in training): bfloat16 where the processor is faster in it. On
-    a GPU, beside that, iterations are replayed as a CUDA graph, and sums have no fixed order."""
+def choose_device(name):
+    """The device. On a GPU iterations are replayed as a CUDA graph; sums have no fixed order."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    with blaming(f"--device {name} cannot be used: try cpu"):
-        device = torch.zeros(1, device=name).device
     torch.backends.cudnn.benchmark = True  # every iteration has the same shapes
-    cpu = torch.cpu.get_capabilities()  # an Intel without AMX is slower in bfloat16
-    fast = cpu.get("amx_bf16") or cpu.get("avx512_bf16") and "AMD" in cpu["cpu_name"]
-    if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" or fast else "float32"
-    return device, getattr(torch, precision)
-
+    with blaming(f"--device {name} cannot be used: try cpu"):
+        return torch.zeros(1, device=name).device
 
 def prepare_models(teacher, settings, device):
-    """(teacher, classifier, student): a frozen copy of the teacher; its last layer, the one that
-    `classifier` names, else the last with K outputs; its quantized copy. Both are tried on noise.
-    Raises BadInput for a teacher that cannot be used."""
+    """(a frozen copy of the teacher, its last layer of K outputs, its quantized copy), all tried on
+    noise. Raises BadInput for one that cannot be used."""
     s = SimpleNamespace(**settings)
-    pixels = [(pixel - m) / d for pixel in (0, 1) for m, d in zip(s.mean, s.std)]
     images = torch.randn(2, len(s.mean), s.image_size, s.image_size, device=device)
+    pixels = [(pixel - m) / d for pixel in (0, 1) for m, d in zip(s.mean, s.std)]
     teacher = getattr(teacher, "_orig_mod", teacher)                    # of torch.compile
     teacher = teacher.module if isinstance(teacher, nn.DataParallel) else teacher
-    with blaming(f"the teacher cannot be used on images of {tuple(images.shape[1:])}: it has to "
-                 f"have BatchNorm2d and return the {s.num_classes} logits of its last layer, "
-                 f"{s.classifier}, without softmax; check image_size, num_classes, classifier"):
+    with blaming(f"from images of {tuple(images.shape[1:])} the teacher has to return the "
+                 f"{s.num_classes} logits of its last layer, no softmax, and have batch norms"):
         for key, value in teacher.state_dict().items():
             if not value.isfinite().all():
                 raise ValueError(f"{key} is NaN or infinite")
-        teacher = copy.deepcopy(teacher).float().eval().requires_grad_(False)
-        teacher.to(device, memory_format=torch.channels_last)
-        layer = [m for key, m in teacher.named_modules() if key == s.classifier or not s.classifier
-                 and s.num_classes in (getattr(m, "out_features", 0), getattr(m, "out_channels", 0))
-                 ][-1]
-        logits, features, statistics = teacher_forward(teacher, layer, images.requires_grad_())
+        teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+        teacher.to(device, torch.float32, memory_format=torch.channels_last)
+        classifier = [m for m in teacher.modules() if s.num_classes in (
+            getattr(m, "out_features", 0), getattr(m, "out_channels", 0))][-1]
+        logits, features, statistics = teacher_forward(teacher, classifier, images.requires_grad_())
         batch_norm_loss(statistics).backward()
-        again = F.linear(features, layer.weight.flatten(1), layer.bias)
+        again = F.linear(features, classifier.weight.flatten(1), classifier.bias)
         torch.testing.assert_close(again, logits, rtol=1e-3, atol=1e-3)
         student = quantize_model(teacher, s.w_bits, s.a_bits, s.symmetric, least_error=not s.plain,
                                  input_range=(min(pixels), max(pixels)))
         copy.deepcopy(student)(images)
-    return teacher, layer, student
-
-
-def make_student_optimizer(student, settings, steps):
-    """SGD, rates falling as a cosine. That of batch norms and biases is the higher one: these are
-    few and gain by it, while weights at such a rate take a student of many classes away from its
-    teacher. In a longer run both are lower, or the student ends farther from its teacher."""
-    longest = 1000 if settings["num_classes"] <= 100 else 4000
-    scale, groups = min(1, longest / settings["iterations"]) ** 0.5, []
-    for name, decay, matrices in (("student_lr", 1e-4, True), ("norm_lr", 0, False)):
-        learn = [p for p in student.parameters() if (p.dim() > 1) == matrices]
-        lr = torch.tensor(settings[name] * scale, device=learn[0].device)   # for a CUDA graph
-        groups.append({"params": learn, "lr": lr, "weight_decay": decay})
-    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=True)
-    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
-
-
-def student_step(optimizer, loss):
-    """A step with clipped gradients: else a 3-bit student can fall to chance."""
-    optimizer.zero_grad()
-    loss.backward()
-    for group in optimizer.param_groups:
-        nn.utils.clip_grad_norm_(group["params"], 3.0)
-    optimizer.step()
-
+    return teacher, classifier, student
 
 def cuda_graph(function):
-    """On a GPU, a function of nothing that returns tensors is recorded at its fourth call, then
-    replayed: its operations start at once, instead of one by one from Python."""
-    stream, calls, graph, result = torch.cuda.Stream(), 0, None, None
+    """On a GPU: `function`, of nothing, recorded after three calls, and then replayed at once."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        with torch.cuda.graph(graph):
+            result = function()
+    except RuntimeError as error:
+        say(f"no CUDA graph, so slower: {error}")
+        return function
 
-    def call():
-        nonlocal calls, graph, result
-        calls += 1
-        if calls == 4:
-            try:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=stream):
-                    result = function()
-            except RuntimeError as error:
-                print(f"no CUDA graph, so slower: {error}", flush=True)
-                graph = None
-        if graph:
-            graph.replay()
-            return result
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            losses = function()
-        torch.cuda.current_stream().wait_stream(stream)
-        return losses
-    return call
-
-
-def write_file(path, write):
-    """write(temporary file), which takes the place of `path` once it is whole."""
-    temporary = path.with_suffix(".tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
+    def replay():
+        graph.replay()
+        return result
+    return replay
 
 def start_run(settings, out, resume, parts):
     """What a run knows: settings, step, seconds, metrics, rows of log.csv; its folder; its parts,
     {name: what has a state_dict}. With resume all of it is that of the checkpoint in `out`."""
     run = SimpleNamespace(settings=settings, step=0, seconds=0.0, metrics={}, rows=[])
-    folder = Path(out or ".")
-    file = folder / "checkpoint.pt"
+    file = f"{out}/checkpoint.pt"
     if resume:
         with blaming(f"--resume: {file} cannot be used"):
-            saved = torch.load(file, weights_only=True)
-            for key, value in settings.items():
-                if saved["settings"][key] != value:
-                    raise ValueError(f"{key} was {saved['settings'][key]}, now it is {value}")
+            saved = torch.load(file)
+            if saved["settings"] != settings:
+                raise ValueError(f"its settings are {saved['settings']}")
             for name, part in parts.items():
-                part.load_state_dict(saved.pop(name))
-            torch.set_rng_state(saved.pop("rng"))
-            torch.cuda.set_rng_state_all(saved.pop("cuda_rng"))
+                part.load_state_dict(saved["parts"][name])
+            torch.set_rng_state(saved["rng"])
+            torch.cuda.set_rng_state_all(saved["cuda_rng"])
         vars(run).update(saved)
         if "calibrated_top1" in run.metrics:
             freeze(parts["student"])
     elif out:
-        folder.mkdir(parents=True, exist_ok=True)
-        if file.exists():
+        os.makedirs(out, exist_ok=True)
+        if os.path.exists(file):
             raise BadInput(f"--out {out} holds a run: name another folder, or add --resume")
-    print(*(f"{key}={value}" for key, value in settings.items()), flush=True)
-    run.folder, run.parts = out and folder, parts
+    say(settings)
+    run.out, run.parts = out and str(out), parts
     return run
-
 
 def save_checkpoint(run):
     """checkpoint.pt, with which --resume goes on to the same bits, and log.csv."""
-    state = {**vars(run), "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
-    del state["folder"]
-    for name, part in state.pop("parts").items():
-        state[name] = part.state_dict()
-    write_file(run.folder / "checkpoint.pt", partial(torch.save, state))
-    lines = [run.rows[-1], *(row.values() for row in run.rows)]
-    (run.folder / "log.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
-
+    state = {**vars(run), "parts": {name: part.state_dict() for name, part in run.parts.items()},
+             "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+    torch.save(state, f"{run.out}/checkpoint.tmp")
+    os.replace(f"{run.out}/checkpoint.tmp", f"{run.out}/checkpoint.pt")
+    lines = [run.rows[-1], *map(dict.values, run.rows)]
+    Path(run.out, "log.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
 
 def train(run, train_step, last, schedule=None):
     """Call train_step, which returns losses by name, up to iteration `last`. Print and keep them
     200 times a run; save each minute, at the end, and at Ctrl-C or SIGTERM, which stop the run."""
-    iterations, then = run.settings["iterations"], time.monotonic()
-    saved = then
+    iterations = run.settings["iterations"]
+    then = saved = time.monotonic()
     if run.parts["generator"].mean.is_cuda:
         train_step = cuda_graph(train_step)
-    TRAINING.append(1)
     for step in range(run.step + 1, last + 1):
         losses = train_step()
         if schedule:
@@ -743,72 +545,62 @@ def train(run, train_step, last, schedule=None):
             row = {"step": step, **{name: value.item() for name, value in losses.items()}}
             run.rows.append(row)
             rate = step / run.seconds
-            print(METHOD, *(f"{name} {value:.4g}" for name, value in row.items()),
-                  f"{rate:.2f} it/s  {(iterations - step) / rate / 60:.1f} min left", sep="  ",
-                  end="  \r" if sys.stdout.isatty() and step < last else "\n", flush=True)
+            text = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
+            left = (iterations - step) / rate / 60
+            say(f"{METHOD}  {text}  {rate:.2f} it/s  {left:.1f} min left",
+                end="  \r" if os.isatty(1) and step < last else "\n")
             if not math.isfinite(sum(row.values())):
-                raise BadInput("a loss is not finite: lower --student-lr, --norm-lr or "
-                               "--generator-lr")
-        if save and run.folder:
+                raise BadInput("a loss is not finite: lower --student-lr or --generator-lr")
+        if save and run.out:
             save_checkpoint(run)
             saved = now
         if STOP:
             raise KeyboardInterrupt(f"stopped after iteration {step}; --resume goes on")
-    TRAINING.clear()
-
 
 @torch.no_grad()
-def finish(run, teacher, images):
-    """Write student.pt, samples.png and result.json, whose content is returned; say the result.
-    images: what top-1 is of, if not of real images."""
+def finish(run, teacher, on):
+    """Write student.pt, samples.png, result.json; say and return it. on: of what images it is."""
     student, generator = run.parts["student"], run.parts["generator"]
-    packed, device = pack(student.to(memory_format=torch.contiguous_format)), generator.mean.device
+    packed = pack(student)
     fp_mb, q_mb = (sum(value.nbytes for value in state.values()) / 1e6
                    for state in (teacher.state_dict(), packed["state"]))
     left = [name for name, layer in quant_layers(student).items() if layer.observing]
     result = {**run.settings, **run.metrics, "fp_mb": fp_mb, "q_mb": q_mb, "never_ran": left,
               "seconds": run.seconds, "iterations_per_s": run.step / run.seconds,
-              "torch": torch.__version__, "device": f"{device}, {torch.get_num_threads()} threads"}
-    if device.type == "cuda":
-        result["device"] = torch.cuda.get_device_name()
-        result["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 1e6
-    if run.folder:
-        write_file(run.folder / "student.pt", partial(torch.save, {**packed, **run.settings}))
-        (run.folder / "result.json").write_text(json.dumps(result, indent=2))
-        labels = torch.arange(80, device=device) // 8 * generator.num_classes // 10
-        z = torch.randn(80, generator.latent_dim, device=device)
-        pixels = generator(z, labels) * generator.std + generator.mean
-        utils.save_image(pixels, run.folder / "samples.png")
-    near = ""
+              "gpu_memory_mb": torch.cuda.max_memory_allocated() / 1e6, "torch": torch.__version__,
+              "device": torch.cuda.get_device_name() if generator.mean.is_cuda else "cpu"}
+    if run.out:
+        torch.save({**packed, **run.settings}, f"{run.out}/student.pt")
+        Path(run.out, "result.json").write_text(json.dumps(result, indent=2))
+        images, labels = generator.sample(80)
+        pixels = images[labels.argsort()] * generator.std + generator.mean
+        utils.save_image(pixels, f"{run.out}/samples.png")
+    line = "full precision {fp_top1:.1f} %  plain {ptq_top1:.1f} %  {method} {q_top1:.1f} %"
     if "q_divergence" in result:
-        near = " (agreement {q_agreement:.1f} %, divergence {q_divergence:.3f})".format(**result)
-    print(f"{images}full precision {result['fp_top1']:.1f} %  plain {result['ptq_top1']:.1f} %  "
-          f"{METHOD} {result['q_top1']:.1f} %{near}  {fp_mb / q_mb:.1f}x smaller"
-          f"{'  never ran, so their input is in float: ' if left else ''}{', '.join(left)}")
+        line += " (agreement {q_agreement:.1f} %, divergence {q_divergence:.3f})"
+    say(f"{on}{line.format(**result)}  {fp_mb / q_mb:.1f}x smaller")
+    if left:
+        say(f"never ran, so their input is in float: {' '.join(left)}")
     return result
 
-
 # --------------------------------------------------------------------------------- the command line
-
 # A flag a line: its name, what it takes (- for nothing), its help.
-COMMON_FLAGS = """
+COMMON_FLAGS = """\
 arch NAME shapes, the offline demonstration (default); resnet20; or any torchvision classifier
-dataset shapes|cifar10|cifar100|imagenet what it was trained on (default: the arch's)
+dataset shapes|cifar10|imagenet what it was trained on (default: the arch's)
 weights FILE state dict of the full-precision network (default: the published one, downloaded once)
 data FOLDER labelled test images, to measure with: a folder a class, or torchvision's CIFAR folder
 workers N processes that load them (default: 4; where shared memory is small, 0)
-w BITS bits of the weights, 2 to 8 (default: 4; shapes 2)
-a BITS bits of the activations, 2 to 8 (default: 4); the network's own input has 8
+w N bits of the weights, 2 to 8 (default: 4; shapes 2)
+a N bits of the activations, 2 to 8 (default: 4); the network's own input has 8
 symmetric - signed codes with zero point 0 (default: asymmetric)
 plain - the paper alone: minimum-to-maximum ranges, no calibration, no image transformed
 iterations N in all, warm-up included (default: imagenet 80000, GDFQ; CIFAR 1000, shapes 300)
 batch-size N images an iteration (default: imagenet 16, GDFQ; CIFAR 64, shapes 32)
 warmup X share of the iterations in which the generator learns alone (default: 0.15)
 generator-lr X generator learning rate, Adam (default: 0.001, GDFQ)
-student-lr X learning rate of the student's weights, SGD (default: 0.003, above 100 classes 0.001)
-norm-lr X learning rate of the student's batch norms and biases, SGD (default: 0.01)
+student-lr X learning rate of the student, SGD (default: 0.003, above 100 classes 0.001)
 bns-weight X weight of L_BNS in L_G (default: 1, above 100 classes 100; GDFQ 0.1)
-ce-weight X weight of the cross-entropy in L_Q (default: 1, above 100 classes 0)
 seed N seed of all random numbers (default: 0)
 device NAME cuda, cuda:1 or cpu (default: cuda if there is one)
 precision auto|float32|bfloat16 of convolutions in training (default: bfloat16 where it is faster)
@@ -817,74 +609,69 @@ resume - go on from the checkpoint in --out, with the same settings, to the same
 evaluate STUDENT.pt train nothing: measure this student on --data
 """
 
+def stop(number, frame):
+    """Signal handler: lets an iteration end and be saved; at once if asked again."""
+    if STOP:
+        raise KeyboardInterrupt("stopped")
+    STOP.append(number)
+    say("stopping after an iteration; once more: at once")
+
+def say(text, end="\n"):
+    """Print at once. That nobody reads any more is no reason to end a run."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        sys.stdout = None
 
 def fail(message):
     raise BadInput(f"{message}: see --help")
 
-
-def command_line(argv, method_flags):
+def command_line(method_flags):
     """The command: the flags, the teacher, the images, then quantize."""
     parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
-    for line in (COMMON_FLAGS.strip() + method_flags.rstrip()).splitlines():
+    for line in (COMMON_FLAGS + method_flags).splitlines():
         name, kind, text = line.split(None, 2)
-        options = {"type": {"N": int, "BITS": int, "X": float}.get(kind, str), "metavar": kind}
+        dest = {"w": "w_bits", "a": "a_bits"}.get(name, name.removeprefix("no-").replace("-", "_"))
+        options = {"type": {"N": int, "X": float}.get(kind, str), "metavar": kind}
         if kind == "-":
-            options = {"action": "store_true"}
+            options = {"action": "store_false" if name.startswith("no-") else "store_true"}
         elif "|" in kind:
             options = {"choices": kind.split("|")}
-        parser.add_argument("--" + name, help=text, **options)
-    given = vars(parser.parse_args(argv))
+        parser.add_argument("--" + name, dest=dest, help=text, **options)
+    given = vars(parser.parse_args())
     arch, file, folder = (given.pop(name, None) for name in ("arch", "weights", "data"))
     arch = arch or "shapes"
     guess = {"shapes": "shapes", "resnet20": "cifar10"}.get(arch, "imagenet")
-    dataset, workers = given.pop("dataset", guess), given.pop("workers", 4)
+    dataset = given.pop("dataset", guess)
     model, about, preprocess = load_teacher(arch, dataset, file)
-    images = load_images(dataset, folder, preprocess, workers)
-    device, _ = choose_device(given.get("device", "auto"), "float32")
-    model.to(device)
+    images = load_images(dataset, folder, preprocess, given.pop("workers", 4))
+    model.to(choose_device(given.get("device", "auto")))
     if "evaluate" in given:
         with blaming("--evaluate needs a student of this --arch, and --data"):
-            packed = torch.load(given["evaluate"], map_location="cpu", weights_only=True)
-            student = unpack(packed, model)
-            print(evaluate_on(images, model, student))
+            packed = torch.load(given["evaluate"])
+            say(evaluate_on(images, model, unpack(packed, model)))
         return
-    options = {**about, **given, "about": {"arch": arch, "dataset": dataset, "weights": file}}
-    for name in given:
-        if name in ("w", "a"):
-            options[f"{name}_bits"] = options.pop(name)
-        elif name.startswith("no_"):
-            options[name[3:]] = not options.pop(name)
-    if "out" not in given:
-        name = f"{METHOD.lower()}-{arch}-w{options['w_bits']}a{options['a_bits']}-"
-        folders = (f"out/{name}{number}" for number in range(10000))
-        options["out"] = next(folder for folder in folders if not Path(folder).exists())
+    options = {**about, "about": {"arch": arch, "dataset": dataset, "weights": file}, **given}
+    stem = f"out/{METHOD.lower()}-{arch}-"
+    options.setdefault("out", stem + str(len(list(Path().glob(stem + "*")))))
     if images:
         options["evaluate"] = partial(evaluate_on, images, model)
     quantize(model, **options)
 
-
-def stop(number, frame):
-    """Signal handler: lets an iteration end; at once if asked again, or outside of training."""
-    if STOP or not TRAINING:
-        raise KeyboardInterrupt("stopped")
-    STOP.append(number)
-
-
-def run_command(main):
-    """Call main; what the user can fix is one line on stderr and exit code 2."""
+def main(method_flags):
+    """What the user can fix is one line on stderr and exit code 2."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
-        main()
+        command_line(method_flags)
     except (BadInput, OSError, KeyboardInterrupt) as error:
         print(f"{METHOD}: {error}", file=sys.stderr)
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+        sys.exit(2)
 # ============================================================================= shared plumbing: end
 
-
-METHOD_FLAGS = """
+METHOD_FLAGS = """\
 no-lka - generator without large-kernel attention
 ama logit|centre|none Adversarial Margin Add (default: logit; with --plain or many classes, centre)
 margin X angle of --ama logit, radians (default: -0.5)
@@ -895,4 +682,4 @@ beta X weight of NCKD, among the other classes (default: 8, published)
 """
 
 if __name__ == "__main__":
-    run_command(partial(command_line, None, METHOD_FLAGS))
+    main(METHOD_FLAGS)

@@ -254,10 +254,9 @@ def test_calibrate_comes_nearer_to_the_teacher():
     assert same(before, state_of(teacher)) and without_hooks(teacher) and without_hooks(student)
     assert not any(layer.observing for name, layer in quant.quant_layers(student).items() if name != "unused")
     for model in (teacher, student):                                    # what batch norms give
-        for norm, means, variances in lrq.teacher_forward(model, model.head, images)[2]:
-            var, mean = torch.var_mean(means, 0, correction=0)
-            var, mean = (variances.mean(0) + var) / norm.running_var, mean - norm.running_mean
-            seen.append(torch.stack([var, mean / norm.running_var.sqrt()]))
+        for norm, mean, var in lrq.teacher_forward(model, model.head, images)[2]:
+            mean = (mean - norm.running_mean) / norm.running_var.sqrt()
+            seen.append(torch.stack([var / norm.running_var, mean]))
     assert (torch.stack(seen[2:]) - torch.stack(seen[:2])).abs().max() < 0.02
 
 
@@ -338,27 +337,22 @@ def test_dkd_at_one_minus_p_is_kd():
 
 
 def test_batch_norm_loss_against_torch(script):
-    expected, statistics = 0, []
-    for channels in (3, 7):
-        norm, h = nn.BatchNorm2d(channels), torch.randn(4, channels, 5, 6, requires_grad=True)
+    norms, expected = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7)).eval(), 0
+    head = nn.Linear(7, 2)
+    model = nn.Sequential(norms, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+    x = (2 * torch.randn(4, 3, 5, 6) + 1).requires_grad_()
+    for norm, h in ((norms[0], x), (norms[2], norms[:2](x))):
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2)
-        statistics.append((norm, *torch.var_mean(h, (2, 3), correction=0)[::-1]))
+    for norm, h in ((norms[0], x), (norms[2], norms[:2](x))):
         var, mean = torch.var_mean(h, (0, 2, 3), correction=0)
         unit = norm.running_var.mean()
         expected += F.mse_loss(mean, norm.running_mean) / unit + F.mse_loss(var, norm.running_var) / unit ** 2
+    logits, features, statistics = script.teacher_forward(model, head, x)
     loss = script.batch_norm_loss(statistics)
-    assert_close(loss, expected / 2)
-    gradient(loss, h)
-
-
-def test_mean_and_variance_are_torchs(script):
-    model, found = nn.Sequential(nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(120, 2)), []
-    h, weight = (torch.randn(3, 4, 5, 6) + 2).requires_grad_(), torch.randn(3, 4)
-    (_, *ours), = script.teacher_forward(model, model[2], h)[2]
-    for mean, var in (ours, torch.var_mean(h, (2, 3), correction=0)[::-1]):
-        found += [mean, var, gradient((weight * (mean + 2 * var)).sum(), h)]
-    assert_close(found[:3], found[3:])
+    assert_close([loss, logits, logits], [expected / 2, model(x), head(features)])
+    assert_close(gradient(loss, x), gradient(expected / 2, x))
+    assert without_hooks(model)
 
 
 @pytest.mark.parametrize("margin", (0.0, 0.4, -0.5))
@@ -387,6 +381,19 @@ def test_ama_centre_loss_is_zero_between_its_angles():
     assert gradient(loss, features).any(1).tolist() == [True, True, True, False]
 
 
+def test_semantic_statistics_are_those_of_the_deeper_layers():
+    model, x = nn.Sequential(*[nn.BatchNorm2d(3) for _ in range(7)]).eval(), torch.randn(4, 3, 5, 6)
+    for norm in model:
+        norm.running_var.fill_(4.0)
+    statistics = clusterq.teacher_forward(nn.Sequential(model, nn.Flatten()), model, x)[2]
+    for first, expected in ((None, 2), (6, 6)):
+        values, weights = clusterq.semantic_statistics(statistics, first)
+        h = [model[:i](x) / 2 for i in range(expected, 7)]
+        parts = [v for hl in h for v in torch.var_mean(hl, (2, 3), correction=0)[::-1]]
+        assert_close(values, torch.cat(parts, 1))
+        assert_close(weights, torch.full((6 * len(h),), 1 / 3 / len(h)))
+
+
 @pytest.mark.parametrize("amplitude", (0, 0.5, 3.0))
 def test_sfda_loss_is_the_least_over_noise(amplitude):
     values, targets, weights = torch.randn(6, 7, requires_grad=True), torch.randn(6, 7), torch.rand(7)
@@ -406,23 +413,18 @@ def test_sfda_loss_is_the_least_over_noise(amplitude):
 def test_centroids_against_a_plain_loop():
     centroids, expected = clusterq.Centroids(4, 3), {}
     for _ in range(5):
-        means, variances = torch.randn(2, 6, 3)
+        values = torch.randn(6, 3)
         labels, recognised = torch.randint(3, (6,)), torch.rand(6) < 0.6
-        centroids.update(means, variances, labels, recognised, 0.2)
+        centroids.update(values, labels, recognised, 0.2)
         for c in labels[recognised].unique().tolist():
-            new = torch.cat([means, variances], 1)[recognised & (labels == c)].mean(0)
+            new = values[recognised & (labels == c)].mean(0)
             expected[c] = 0.8 * expected[c] + 0.2 * new if c in expected else new
     assert centroids.seen.tolist() == [float(c in expected) for c in range(4)]
     for c, centroid in expected.items():
-        assert_close(torch.cat([centroids.means[c], centroids.variances[c]]), centroid)
+        assert_close(centroids.values[c], centroid)
 
 
 # ------------------------------------------------------------------------------------------ generator
-
-def test_up_conv_is_that_of_the_upsampled_image(script):
-    layer, x = script.UpConv2d(3, 5, 3), torch.randn(2, 3, 4, 6)
-    assert_close(layer(x), F.conv2d(F.interpolate(x, scale_factor=2), layer.weight, layer.bias, padding=1))
-
 
 @pytest.mark.parametrize("size", (24, 32, 65, 96))
 def test_generator_draws_pixels_and_learns(size, script):
@@ -478,7 +480,7 @@ def test_every_part_changes_the_student(script):
     parts = {lrq: ({"lka": False}, {"ama": "centre"}, {"ama": "none"}, {"kd": "kl"}),
              clusterq: ({"sfda": False}, {"variance": False}, {"ema": False})}
     both = {}, {"plain": True}, {"symmetric": True}, {"seed": 1}
-    students = [bits_of(script, **off) for off in (*both, *parts[script])]
+    students = [bits_of(script, iterations=16, **off) for off in (*both, *parts[script])]
     assert not any(same(a, b) for a, b in itertools.combinations(students, 2))
 
 
@@ -545,7 +547,7 @@ def command(script, files, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, message", (
-    ("--arch resnet81", "resnet18"), ("--arch squeezenet1_1 --weights squeezenet.pt", "BatchNorm2d"),
+    ("--arch resnet81", "resnet18"), ("--arch squeezenet1_1 --weights squeezenet.pt", "batch norms"),
     *((TINY + more, message) for more, message in (
         ("--w 9", "2 to 8"), ("--weights none.pt", "none.pt"), ("--weights list.pt", "list.pt"),
         ("--weights resnet8.pt", "resnet8.pt"), ("--data none", "none"), ("--data images", "1 classes"),
@@ -574,8 +576,7 @@ def spoiled():
 @pytest.mark.parametrize("make, changes, message", (
     (lambda: nn.Sequential(Small(), nn.Softmax(1)), {}, "softmax"), (Picky, {}, "no convolution"),
     (lambda: nn.Sequential(Small(), nn.Linear(6, 5)), {}, "mat1 and mat2"),
-    (spoiled, {}, "norm2.running_mean"), (Small, {"num_classes": 7}, "num_classes"),
-    (Small, {"classifier": "neck"}, "neck")))
+    (spoiled, {}, "norm2.running_mean"), (Small, {"num_classes": 7}, "7 logits")))
 def test_teacher_that_cannot_be_used_is_refused(make, changes, message, script):
     with pytest.raises(script.BadInput, match=message):
         run(script, make(), **changes)
@@ -594,8 +595,8 @@ def test_whole_command(script, command, files, capsys):
     command(f"--arch resnet20 --weights resnet20.pt {data} --evaluate {out}/student.pt")
     assert f"{result['q_top1']:.4g}" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        command(arguments + "--resume --norm-lr 1")
-    assert "norm_lr was 0.01" in capsys.readouterr().err
+        command(arguments + "--resume --student-lr 1")
+    assert "'student_lr': 0.003" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", [lrq])
