@@ -9,29 +9,25 @@ features cluster by class; Q learns from P.
     python clusterq.py --arch resnet18 --w 4 --a 4  # an ImageNet network; for a GPU
     python clusterq.py --help                       # every flag and its default
 
-RESULT
+Result (README): ResNet-20, CIFAR-10, 3-bit weights and activations, 1,000 iterations of 64, three
+seeds: 85.9 +- 0.2 % of 88.0, where plain quantization leaves 75; six minutes on one core.
 
-Where each part comes from, and the flag without it:
-    generator, L_CE + L_BNS, alternate steps  GDFQ, arXiv 2003.03603  (--no-sfda)
-    class centroids and alignment (L_SFDA)    ClusterQ                --no-sfda
-    spread, against class-wise mode collapse  ClusterQ                --no-variance
-    moving average of the centroids           ClusterQ                --no-ema
-    quant.calibrate: ranges of least error,   quantization with data  --plain
-      GPTQ and GPTAQ, corrected batch norms
-    transformed images                        this project            --plain
-    L_BNS in units of each layer, label       this project            (none)
-      added to z, clipped gradients
-The first line alone is the baseline; --plain is the paper alone.
+Where each part comes from, and the flag without it (--plain: the paper alone):
+    generator, L_CE + L_BNS, alternate steps    GDFQ, arXiv 2003.03603, the baseline
+    class centroids and alignment (L_SFDA)      ClusterQ, --no-sfda
+    spread, against class-wise mode collapse    ClusterQ, --no-variance
+    moving average of the centroids             ClusterQ, --no-ema
+    calibrate: least-error ranges, GPTQ, ...    quantization with data, --plain
+    transformed images                          this project, --plain
+    units of L_BNS, label added to z, clipping  this project
 
 The algorithm, numbered as in quantize():
  1. Draw noise z, labels y and images x = G(z, y).
  2. Generator step on L_G = L_CE + a L_BNS + b L_SFDA, through the frozen P. It learns alone, and
     without L_SFDA, at first. Then the centroids follow the images.
- 3. Once, before the student's first step: observe Q's ranges on 20 batches (plain quantization),
-    then calibrate Q on them, half of each transformed.
+ 3. Once, then: observe Q's ranges on 20 batches (plain quantization); calibrate Q on them.
  4. Student step on the same images, half of them transformed: L_Q = CE(Q(x), y) + T^2 KL(P || Q).
- 5. Report and save.
- 6. Evaluate, and write Q as integers.
+ 5. Report and save. 6. At the end: evaluate, and write Q as integers.
 
 Differences from the paper and its code (github.com/DiamondSheep/ClusterQ; the README has more). The
 noise round a centroid, drawn anew each time as published, leaves the gradient of no noise: classes
@@ -55,14 +51,12 @@ from torchvision import datasets, models, transforms, utils
 from quant import batch_norms, calibrate, freeze, pack, quant_layers, quantize_model, unpack
 
 METHOD = "ClusterQ"
-
 # --------------------------------------------------------------------------------------- generator
 class Generator(nn.Module):
     """G(z, y): noise (B, 100), labels (B,) -> normalised images (B, C, S, S).
 
     GDFQ's generator (arXiv 2003.03603), from S/4 on (from 64 pixels on S/8). The label's
-    embedding is added to z (GDFQ multiplies: then the label is found in the variance alone).
-    mean, std: of the teacher's normalisation, a number a channel, of pixels in [0, 1]."""
+    embedding is added to z (GDFQ multiplies: then it shows in the variance alone)."""
     def __init__(self, image_size, num_classes, mean, std):
         super().__init__()
         self.embedding = nn.Embedding(num_classes, 100)
@@ -194,12 +188,10 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
 
     teacher: an nn.Module, (B, C, S, S) -> logits (B, K), with batch norms; it is not changed.
     image_size: S, 8 or more. num_classes: K. mean, std: the teacher's normalisation, a number a
-    channel, of pixels in [0, 1]. w_bits, a_bits: 2 to 8. evaluate: a function of a model, on
-    `device`, that returns a dict of numbers with "top1", in percent; if None, the models are
-    compared on generated images. out: a folder for result.json, student.pt, checkpoint.pt,
-    log.csv, samples.png. about: what else to record. The rest are the command's flags (--help).
-    The student has to stay in evaluation mode; quant.pack gives its integers. Raises BadInput, a
-    ValueError, before any long work, for what cannot be used. Seeds torch's random numbers."""
+    channel, of pixels in [0, 1]. evaluate: a function of a model, on `device`, that returns a dict
+    of numbers with "top1", in percent; if None, generated images tell. out: a folder for the files.
+    about: what else to record. The rest are the command's flags (--help). The student has to stay
+    in evaluation mode. Raises BadInput, a ValueError, before any long work. Seeds torch."""
     few = num_classes <= 100
     if bns_weight is None:  # labels are learnt long after statistics
         bns_weight = 1.0 if few else 100.0
@@ -299,7 +291,7 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
         measure("calibrated", student)
         # In many steps, or with little left to learn, Q ends farther from P at the full rate.
         share = min(1, kd_loss(student(images), teacher(images), 1).item() / 0.02,
-                    64000 / iterations / batch_size) ** 0.5
+                    (64000 / iterations / batch_size) ** 0.5)
         student_optimizer.param_groups[0]["lr"] *= share
     train(run, partial(train_step, True), iterations, schedule)
     measure("q", student)
@@ -307,7 +299,6 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
 
 # =========================================================================== shared plumbing: begin
 # The same, byte for byte, in lrq.py and clusterq.py: teachers, images, runs, the command line.
-
 STOP = []  # Ctrl-C and SIGTERM add to it; it is asked after each iteration
 
 class BadInput(ValueError):
@@ -395,7 +386,9 @@ def load_teacher(arch, dataset, file):
         state = (torch.load(file, map_location="cpu") if file else
                  torch.hub.load_state_dict_from_url(url, check_hash=True))
         state = state.get("state_dict", state)
-        model.load_state_dict({re.sub(OLD_NAMES, r"\1", key): v for key, v in state.items()})
+        for key in list(state):  # in place: what else a state dict carries stays
+            state[re.sub(OLD_NAMES, r"\1", key)] = state.pop(key)
+        model.load_state_dict(state)
     return model.eval(), about, preprocess
 
 def load_images(dataset, folder, preprocess, workers):
@@ -592,7 +585,7 @@ bns-weight X weight of L_BNS in L_G (default: 1, above 100 classes 100; GDFQ 0.1
 seed N seed of all random numbers (default: 0)
 device NAME cuda, cuda:1 or cpu (default: cuda if there is one)
 precision auto|float32|bfloat16 of convolutions in training (default: bfloat16 where it is faster)
-out FOLDER where the files go (default: out/, method, arch, bits and a number)
+out FOLDER where the files go (default: out/, method, arch and a number)
 resume - go on from the checkpoint in --out, with the same settings, to the same bits
 evaluate STUDENT.pt train nothing: measure this student on --data
 """

@@ -337,22 +337,20 @@ def test_dkd_at_one_minus_p_is_kd():
 
 
 def test_batch_norm_loss_against_torch(script):
-    norms, expected = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7)).eval(), 0
-    head = nn.Linear(7, 2)
-    model = nn.Sequential(norms, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
-    x = (2 * torch.randn(4, 3, 5, 6) + 1).requires_grad_()
-    for norm, h in ((norms[0], x), (norms[2], norms[:2](x))):
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.Flatten(),
+                          nn.Linear(84, 2))
+    x, expected = (2 * torch.randn(4, 3, 5, 6) + 1).requires_grad_(), 0
+    for index in (0, 2):
+        norm = model[index].eval()
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2)
-    for norm, h in ((norms[0], x), (norms[2], norms[:2](x))):
-        var, mean = torch.var_mean(h, (0, 2, 3), correction=0)
+        var, mean = torch.var_mean(model[:index](x), (0, 2, 3), correction=0)
         unit = norm.running_var.mean()
         expected += F.mse_loss(mean, norm.running_mean) / unit + F.mse_loss(var, norm.running_var) / unit ** 2
-    logits, features, statistics = script.teacher_forward(model, head, x)
+    logits, features, statistics = script.teacher_forward(model, model[4], x)
     loss = script.batch_norm_loss(statistics)
-    assert_close([loss, logits, logits], [expected / 2, model(x), head(features)])
+    assert_close([loss, logits, logits], [expected / 2, model(x), model[4](features)])
     assert_close(gradient(loss, x), gradient(expected / 2, x))
-    assert without_hooks(model)
 
 
 @pytest.mark.parametrize("margin", (0.0, 0.4, -0.5))
@@ -383,15 +381,13 @@ def test_ama_centre_loss_is_zero_between_its_angles():
 
 def test_semantic_statistics_are_those_of_the_deeper_layers():
     model, x = nn.Sequential(*[nn.BatchNorm2d(3) for _ in range(7)]).eval(), torch.randn(4, 3, 5, 6)
-    for norm in model:
-        norm.running_var.fill_(4.0)
     statistics = clusterq.teacher_forward(nn.Sequential(model, nn.Flatten()), model, x)[2]
-    for first, expected in ((None, 2), (6, 6)):
+    for first, count in ((None, 5), (6, 1)):
         values, weights = clusterq.semantic_statistics(statistics, first)
-        h = [model[:i](x) / 2 for i in range(expected, 7)]
-        parts = [v for hl in h for v in torch.var_mean(hl, (2, 3), correction=0)[::-1]]
+        inputs = [model[:i](x) for i in range(7 - count, 7)]
+        parts = [v for h in inputs for v in torch.var_mean(h, (2, 3), correction=0)[::-1]]
         assert_close(values, torch.cat(parts, 1))
-        assert_close(weights, torch.full((6 * len(h),), 1 / 3 / len(h)))
+        assert_close(weights, torch.full((6 * count,), 1 / 3 / count))
 
 
 @pytest.mark.parametrize("amplitude", (0, 0.5, 3.0))
@@ -604,6 +600,18 @@ def test_demonstration(command, files):
     command("--iterations 40 --out demonstration")
     result = json.loads((files / "demonstration/result.json").read_text())
     assert result["fp_top1"] > 95 and result["calibrated_top1"] > result["ptq_top1"]
+
+
+@pytest.mark.parametrize("reader", (">&-", "| head -n 1"))
+def test_output_that_nobody_reads_ends_no_run(reader, files, tmp_path):
+    line = f"{sys.executable} {HERE}/lrq.py {TINY} --out {tmp_path} {reader}"
+    error = subprocess.run(["bash", "-c", line], cwd=files, capture_output=True, text=True).stderr
+    assert names_in(tmp_path) == FILES and "Error" not in error
+
+
+@pytest.mark.parametrize("name", ("module.denselayer2.norm.1.bias", "denselayer2.norm1.bias"))
+def test_old_names_of_weights(name):
+    assert re.sub(lrq.OLD_NAMES, r"\1", name) == "denselayer2.norm1.bias"
 
 
 # ------------------------------------------------------------------------------------ the files themselves
