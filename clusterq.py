@@ -384,7 +384,7 @@ def load_teacher(arch, dataset, file):
             model = models.get_model(arch, num_classes=about["num_classes"])
             model.transform_input = True  # published Inceptions normalise again, others ignore it
         state = (torch.load(file, map_location="cpu") if file else
-                 torch.hub.load_state_dict_from_url(url, check_hash=True))
+                 torch.hub.load_state_dict_from_url(url))
         state = state.get("state_dict", state)
         for key in list(state):  # in place: what else a state dict carries stays
             state[re.sub(OLD_NAMES, r"\1", key)] = state.pop(key)
@@ -396,7 +396,7 @@ def load_images(dataset, folder, preprocess, workers):
     if dataset == "shapes":
         return [draw_shapes(2000, seed=2)]
     if not folder:
-        return None
+        return
     with blaming(f"--data {folder} has to have a folder of images for each class of {dataset}"):
         if dataset == "cifar10" and os.path.exists(f"{folder}/cifar-10-batches-py"):
             images = datasets.CIFAR10(folder, train=False, transform=preprocess)
@@ -542,7 +542,7 @@ def train(run, train_step, last, schedule=None):
 def finish(run, teacher, on):
     """Write student.pt, samples.png, result.json; say and return it. on: of what images it is."""
     student, generator = run.parts["student"], run.parts["generator"]
-    packed = pack(student)
+    packed = pack(student.to(memory_format=torch.contiguous_format))    # as unpack's: the same sums
     fp_mb, q_mb = (sum(value.nbytes for value in state.values()) / 1e6
                    for state in (teacher.state_dict(), packed["state"]))
     left = [name for name, layer in quant_layers(student).items() if layer.observing]
@@ -620,7 +620,7 @@ def command_line(method_flags):
             options = {"action": "store_false" if name.startswith("no-") else "store_true"}
         elif "|" in kind:
             options = {"choices": kind.split("|")}
-        parser.add_argument("--" + name, dest=dest, help=text, **options)
+        parser.add_argument(f"--{name}", dest=dest, help=text, **options)
     given = vars(parser.parse_args())
     arch, file, folder = (given.pop(name, None) for name in ("arch", "weights", "data"))
     arch = arch or "shapes"

@@ -9,7 +9,7 @@ draw images whose batch-norm statistics and classes are those that P remembers; 
     python lrq.py --help                        # every flag and its default
 
 Result (README): ResNet-20, CIFAR-10, 2-bit weights, 4-bit activations, 400 iterations of 64, three
-seeds: 85.1 +- 0.2 % of 88.0, where plain quantization leaves 29.5; two minutes and a half, one core.
+seeds: 85.1 +- 0.2 % of 88.0, where plain quantization leaves 29.5; two minutes on one core.
 
 Where each part comes from, and the flag without it (--plain: the paper alone):
     generator, L_CE + L_BNS, alternate steps    GDFQ, arXiv 2003.03603, the baseline
@@ -249,9 +249,7 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
             images, labels = generator.sample(batch_size)               # (B, C, S, S), (B,)
             expected, features, statistics = teacher_forward(teacher, classifier, images)
         # 2. Generator step on L_G = L_CE + a L_BNS, AMA in it or added, through the frozen teacher.
-        logits = expected
-        if ama == "logit":
-            logits = ama_logits(features, weight, bias, labels, margin)
+        logits = expected if ama != "logit" else ama_logits(features, weight, bias, labels, margin)
         losses = {"L_CE": F.cross_entropy(logits, labels), "L_BNS": batch_norm_loss(statistics)}
         loss = losses["L_CE"] + bns_weight * losses["L_BNS"]
         if ama == "centre":
@@ -394,7 +392,7 @@ def load_teacher(arch, dataset, file):
             model = models.get_model(arch, num_classes=about["num_classes"])
             model.transform_input = True  # published Inceptions normalise again, others ignore it
         state = (torch.load(file, map_location="cpu") if file else
-                 torch.hub.load_state_dict_from_url(url, check_hash=True))
+                 torch.hub.load_state_dict_from_url(url))
         state = state.get("state_dict", state)
         for key in list(state):  # in place: what else a state dict carries stays
             state[re.sub(OLD_NAMES, r"\1", key)] = state.pop(key)
@@ -406,7 +404,7 @@ def load_images(dataset, folder, preprocess, workers):
     if dataset == "shapes":
         return [draw_shapes(2000, seed=2)]
     if not folder:
-        return None
+        return
     with blaming(f"--data {folder} has to have a folder of images for each class of {dataset}"):
         if dataset == "cifar10" and os.path.exists(f"{folder}/cifar-10-batches-py"):
             images = datasets.CIFAR10(folder, train=False, transform=preprocess)
@@ -552,7 +550,7 @@ def train(run, train_step, last, schedule=None):
 def finish(run, teacher, on):
     """Write student.pt, samples.png, result.json; say and return it. on: of what images it is."""
     student, generator = run.parts["student"], run.parts["generator"]
-    packed = pack(student)
+    packed = pack(student.to(memory_format=torch.contiguous_format))    # as unpack's: the same sums
     fp_mb, q_mb = (sum(value.nbytes for value in state.values()) / 1e6
                    for state in (teacher.state_dict(), packed["state"]))
     left = [name for name, layer in quant_layers(student).items() if layer.observing]
@@ -630,7 +628,7 @@ def command_line(method_flags):
             options = {"action": "store_false" if name.startswith("no-") else "store_true"}
         elif "|" in kind:
             options = {"choices": kind.split("|")}
-        parser.add_argument("--" + name, dest=dest, help=text, **options)
+        parser.add_argument(f"--{name}", dest=dest, help=text, **options)
     given = vars(parser.parse_args())
     arch, file, folder = (given.pop(name, None) for name in ("arch", "weights", "data"))
     arch = arch or "shapes"

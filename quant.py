@@ -319,8 +319,8 @@ def calibrate(student, teacher, batches):
       and r^2 = (v' + eps) / (v + eps), the running statistics mu, var of the teacher become
       mu' = m' + r (mu - m) and var' + eps = r^2 (var + eps). r is kept within 1/4 to 4.
     Of a layer that runs again, weights and statistics stay as the first run made them. Returns the
-    student, frozen. Source of the means: Nagel et al., arXiv 1906.04721, section 4.2; of both, by
-    the weights alone: Banner et al., arXiv 1810.05723.
+    student, frozen. Sources: Nagel et al., arXiv 1906.04721, section 4.2 (means); Banner et al.,
+    arXiv 1810.05723 (means and variances, by the weights alone).
     """
     teacher = copy.deepcopy(teacher).float().eval()
     pairs = {teacher.get_submodule(name): layer for name, layer in quant_layers(student).items()}
@@ -398,13 +398,14 @@ def unpack_bits(packed, bits, count):
 
 @torch.no_grad()
 def pack(student):
-    """A quantized model as a dict for torch.save. "config": the arguments of quantize_model.
-    "state": the state dict, weights as packed codes, uint8, but for layers that never ran.
-    RuntimeError if ranges are still being observed."""
+    """A quantized model for torch.save: "config", the arguments of quantize_model, and "state", the
+    state dict, weights as packed uint8 codes if their layer ran. RuntimeError before freeze."""
     layers = {name: m for name, m in quant_layers(student).items() if m.min_val <= m.max_val}
     if not layers or any(layer.observing for layer in layers.values()):
         raise RuntimeError("nothing to pack: run images through the model, then freeze it")
-    state = {key: v.to("cpu", copy=True) for key, v in student.state_dict().items()}
+    state = student.state_dict()
+    for key in state:
+        state[key] = state[key].to("cpu", copy=True)
     for name, layer in layers.items():
         steps = (layer.round_weight(layer.weight) / layer.weight_scale).round()
         codes = (steps + layer.weight_zero_point - layer.w_bounds[0]).to("cpu", torch.uint8)
@@ -415,7 +416,7 @@ def pack(student):
 def unpack(packed, model):
     """The quantized model again, from what `pack` gave and a float model of its architecture, which
     is not changed. Outputs equal the packed model's exactly. ValueError if it does not fit."""
-    student, state = quantize_model(model, **packed["config"]), dict(packed["state"])
+    student, state = quantize_model(model, **packed["config"]), copy.copy(packed["state"])
     try:
         for name, layer in quant_layers(student).items():
             codes, shape = state[f"{name}.layer.weight"], layer.weight.shape

@@ -270,6 +270,7 @@ def test_packed_student_is_exact(bits, symmetric, tmp_path):
     torch.save(quant.pack(student), tmp_path / "student.pt")
     packed = torch.load(tmp_path / "student.pt", weights_only=True)
     again = quant.unpack(packed, Small())
+    assert packed["state"]._metadata                                    # the versions of modules
     assert torch.equal(again(images), student(images))
     assert torch.equal(again.unused(features), student.unused(features))
     assert torch.equal(again.unused.weight, model.unused.weight)        # never ran: left in float
