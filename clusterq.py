@@ -5,7 +5,7 @@ A trained classifier P becomes a low-bit one, Q, without any of its data: a gene
 draw images whose batch-norm statistics and classes are those that P remembers, and whose deep
 features cluster by class; Q learns from P.
 
-    python clusterq.py                              # offline demonstration, minutes on two cores
+    python clusterq.py                              # offline demonstration, a minute on two cores
     python clusterq.py --arch resnet18 --w 4 --a 4  # an ImageNet network; for a GPU
     python clusterq.py --help                       # every flag and its default
 
@@ -17,7 +17,7 @@ Where each part comes from, and the flag without it (--plain: the paper alone):
     class centroids and alignment (L_SFDA)      ClusterQ, --no-sfda
     spread, against class-wise mode collapse    ClusterQ, --no-variance
     moving average of the centroids             ClusterQ, --no-ema
-    calibrate: least-error ranges, GPTQ, ...    quantization with data, --plain
+    least-error ranges, GPTQ, batch norms       quantization with data, --plain
     transformed images                          this project, --plain
     units of L_BNS, label added to z, clipping  this project
 
@@ -25,8 +25,9 @@ The algorithm, numbered as in quantize():
  1. Draw noise z, labels y and images x = G(z, y).
  2. Generator step on L_G = L_CE + a L_BNS + b L_SFDA, through the frozen P. It learns alone, and
     without L_SFDA, at first. Then the centroids follow the images.
- 3. Once, then: observe Q's ranges on 20 batches (plain quantization); calibrate Q on them.
- 4. Student step on the same images, half of them transformed: L_Q = CE(Q(x), y) + T^2 KL(P || Q).
+ 3. Once, then: observe Q's ranges on 20 batches (plain quantization); calibrate Q on them, half
+    of each transformed.
+ 4. Student step on the same images, half of them transformed: L_Q = T^2 KL(P || Q).
  5. Report and save. 6. At the end: evaluate, and write Q as integers.
 
 Differences from the paper and its code (github.com/DiamondSheep/ClusterQ; the README has more). The
@@ -254,19 +255,16 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
         generator_optimizer.zero_grad()
         loss.backward()
         generator_optimizer.step()
-        # 4. Student step on the same images, half transformed: L_Q = CE(Q(x), y) + T^2 KL.
+        # 4. Student step on the same images, half transformed: L_Q = T^2 KL.
         if learns:
             images, expected = images.detach(), expected.detach()
+            if not plain:
+                images[half:] = transformed(images[half:])
             with autocast():
                 if not plain:                                           # P sees these anew
-                    images[half:] = transformed(images[half:])
                     expected[half:] = teacher(images[half:]).float()
                 logits = student(images).float()
-            loss = losses["L_KD"] = kd_loss(logits, expected, temperature)
-            if few:  # with more classes, P sees another class than the label in most images
-                seen = expected.argmax(1) == labels                     # such images do not count
-                losses["L_QCE"] = (F.cross_entropy(logits, labels, reduction="none") * seen).mean()
-                loss = loss + losses["L_QCE"]
+            loss = losses["L_Q"] = kd_loss(logits, expected, temperature)
             student_optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(student.parameters(), 3.0)         # else Q can fall to chance
@@ -277,21 +275,22 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
     train(run, partial(train_step, False), warm_iterations)
     # 3. Once, before the student's first step: observe its ranges and calibrate it.
     if "calibrated_top1" not in run.metrics:
-        with torch.no_grad(), autocast():
-            batches = [generator.sample(batch_size)[0] for _ in range(20)]
-        for images in batches:
-            student(images)
-        measure("fp", teacher)
-        measure("ptq", freeze(student))
-        if not plain:
-            say("calibrating: ranges, weights and batch norms, layer by layer")
+        with torch.no_grad():
+            with autocast():
+                batches = [generator.sample(batch_size)[0] for _ in range(20)]
             for images in batches:
-                images[half:] = transformed(images[half:])
-            calibrate(student, teacher, batches)
-        measure("calibrated", student)
-        # In many steps, or with little left to learn, Q ends farther from P at the full rate.
-        share = min(1, kd_loss(student(images), teacher(images), 1).item() / 0.02,
-                    (64000 / iterations / batch_size) ** 0.5)
+                student(images)
+            measure("fp", teacher)
+            measure("ptq", freeze(student))
+            if not plain:
+                say("calibrating: ranges, weights and batch norms, layer by layer")
+                for images in batches:
+                    images[half:] = transformed(images[half:])
+                calibrate(student, teacher, batches)
+            measure("calibrated", student)
+            # In many steps, or with little left to learn, Q ends farther from P at the full rate.
+            share = min(1, kd_loss(student(images), teacher(images), 1).item() / 0.05,
+                        (64000 / iterations / batch_size) ** 0.5)
         student_optimizer.param_groups[0]["lr"] *= share
     train(run, partial(train_step, True), iterations, schedule)
     measure("q", student)
@@ -455,7 +454,7 @@ def prepare_models(teacher, settings, device):
     return teacher, classifier, student
 
 def cuda_graph(function):
-    """On a GPU: `function`, of nothing, recorded after three calls, and then replayed at once."""
+    """On a GPU: `function`, of nothing, is called three times, recorded, and then replayed."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -482,8 +481,9 @@ def start_run(settings, out, resume, parts):
     if resume:
         with blaming(f"--resume: {file} cannot be used"):
             saved = torch.load(file)
-            if saved["settings"] != settings:
-                raise ValueError(f"its settings are {saved['settings']}")
+            for key, value in saved["settings"].items():
+                if settings[key] != value:
+                    raise ValueError(f"{key} was {value}, now it is {settings[key]}")
             for name, part in parts.items():
                 part.load_state_dict(saved["parts"][name])
             torch.set_rng_state(saved["rng"])
@@ -513,7 +513,7 @@ def train(run, train_step, last, schedule=None):
     200 times a run; save each minute, at the end, and at Ctrl-C or SIGTERM, which stop the run."""
     iterations = run.settings["iterations"]
     then = saved = time.monotonic()
-    if run.parts["generator"].mean.is_cuda:
+    if run.step < last and run.parts["generator"].mean.is_cuda:
         train_step = cuda_graph(train_step)
     for step in range(run.step + 1, last + 1):
         losses = train_step()
@@ -583,9 +583,9 @@ generator-lr X generator learning rate, Adam (default: 0.001, GDFQ)
 student-lr X learning rate of the student, SGD (default: 0.003, above 100 classes 0.001)
 bns-weight X weight of L_BNS in L_G (default: 1, above 100 classes 100; GDFQ 0.1)
 seed N seed of all random numbers (default: 0)
-device NAME cuda, cuda:1 or cpu (default: cuda if there is one)
+device auto|cuda|cpu auto (default): cuda if there is one; CUDA_VISIBLE_DEVICES says which
 precision auto|float32|bfloat16 of convolutions in training (default: bfloat16 where it is faster)
-out FOLDER where the files go (default: out/, method, arch and a number)
+out FOLDER where the files go (default: out/, method, arch and time)
 resume - go on from the checkpoint in --out, with the same settings, to the same bits
 evaluate STUDENT.pt train nothing: measure this student on --data
 """
@@ -634,9 +634,9 @@ def command_line(method_flags):
             packed = torch.load(given["evaluate"])
             say(evaluate_on(images, model, unpack(packed, model)))
         return
-    options = {**about, "about": {"arch": arch, "dataset": dataset, "weights": file}, **given}
-    stem = f"out/{METHOD.lower()}-{arch}-"
-    options.setdefault("out", stem + str(len(list(Path().glob(stem + "*")))))
+    options = {**about, "about": {"arch": arch, "dataset": dataset, "weights": file,
+                                  "data": folder}, **given}
+    options.setdefault("out", time.strftime(f"out/{METHOD.lower()}-{arch}-%m%d-%H%M%S"))
     if images:
         options["evaluate"] = partial(evaluate_on, images, model)
     quantize(model, **options)

@@ -16,7 +16,7 @@ Where each part comes from, and the flag without it (--plain: the paper alone):
     large-kernel attention in the generator     LRQ, --no-lka
     Adversarial Margin Add (AMA)                LRQ, --ama none
     decoupled distillation                      LRQ, arXiv 2203.08679, --kd kl
-    calibrate: least-error ranges, GPTQ, ...    quantization with data, --plain
+    least-error ranges, GPTQ, batch norms       quantization with data, --plain
     transformed images, AMA on the logit        this project, --plain
     units of L_BNS, label added to z, clipping  this project
 
@@ -24,15 +24,15 @@ The algorithm, numbered as in quantize():
  1. Draw noise z, labels y and images x = G(z, y).
  2. Generator step on L_G = L_CE + a L_BNS, through the frozen P. AMA is a margin within L_CE
     (`logit`) or one more term (`centre`). The generator learns alone at first.
- 3. Once, then: observe Q's ranges on 20 batches (plain quantization); calibrate Q on them.
- 4. Student step on the same images, half of them transformed: L_Q = CE(Q(x), y) + L_DKD.
+ 3. Once, then: observe Q's ranges on 20 batches (plain quantization); calibrate Q on them, half
+    of each transformed.
+ 4. Student step on the same images, half of them transformed: L_Q = L_DKD.
  5. Report and save. 6. At the end: evaluate, and write Q as integers.
 
 Differences from the paper and its code (github.com/hfutly66/LRQ, branch master; README has more).
 AMA: `centre`, as published, keeps images at 16.9 to 49.8 degrees from the centre of their class's
-features; `logit`, ours, is a margin within the class loss, the default up to 100 classes, where the
-student ends nearer to its teacher. The generator learns throughout; the published code then
-optimises its images one by one.
+features; `logit`, ours, is a margin within the class loss, the default up to 100 classes. The
+generator learns throughout; the published code then optimises its images one by one.
 
 Shapes: B batch size, K classes, D features, S image size, C channels, H and W height and width.
 """
@@ -129,8 +129,8 @@ def ama_logits(features, weight, bias, labels, margin):
     """Logits with a margin m on the label's angle: |f| |W_y| cos(theta_y + m) + b_y, (B, K).
 
     features: f, (B, D). weight: W, (K, D). bias: b, (K,) or None. labels: y, (B,). margin: m,
-    radians; below 0 it widens the angle theta_y between f and W_y, at 0 these are the plain logits.
-    Source: ours, for LRQ's AMA, after ArcFace (arXiv 1801.07698, eq. 3), at the logits' scale."""
+    radians; theta_y: the angle between f and W_y. Below 0 images may stay at a wider angle, at 0
+    these are the plain logits. Source: ours, for AMA, after ArcFace (arXiv 1801.07698, eq. 3)."""
     w_y = weight[labels]                                                # (B, D)
     cosine = F.cosine_similarity(features, w_y).clamp(1e-6 - 1, 1 - 1e-6)
     change = (cosine.acos() + margin).cos() - cosine                    # (B,)
@@ -261,20 +261,18 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
         generator_optimizer.zero_grad()
         loss.backward()
         generator_optimizer.step()
-        # 4. Student step on the same images, half of them transformed: L_Q = CE(Q(x), y) + L_DKD.
+        # 4. Student step on the same images, half of them transformed: L_Q = L_DKD.
         if learns:
             images, expected = images.detach(), expected.detach()
+            if not plain:
+                images[half:] = transformed(images[half:])
             with autocast():
                 if not plain:                                           # P sees these anew
-                    images[half:] = transformed(images[half:])
                     expected[half:] = teacher(images[half:]).float()
                 logits = student(images).float()
-            loss = losses["L_KD"] = (kd_loss(logits, expected, temperature) if kd == "kl" else
-                                     dkd_loss(logits, expected, labels, alpha, beta, temperature))
-            if few:  # with more classes, P sees another class than the label in most images
-                seen = expected.argmax(1) == labels                     # such images do not count
-                losses["L_QCE"] = (F.cross_entropy(logits, labels, reduction="none") * seen).mean()
-                loss = loss + losses["L_QCE"]
+            loss = kd_loss(logits, expected, temperature) if kd == "kl" else dkd_loss(
+                logits, expected, labels, alpha, beta, temperature)
+            losses["L_Q"] = loss
             student_optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(student.parameters(), 3.0)         # else Q can fall to chance
@@ -285,21 +283,22 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
     train(run, partial(train_step, False), warm_iterations)
     # 3. Once, before the student's first step: observe its ranges and calibrate it.
     if "calibrated_top1" not in run.metrics:
-        with torch.no_grad(), autocast():
-            batches = [generator.sample(batch_size)[0] for _ in range(20)]
-        for images in batches:
-            student(images)
-        measure("fp", teacher)
-        measure("ptq", freeze(student))
-        if not plain:
-            say("calibrating: ranges, weights and batch norms, layer by layer")
+        with torch.no_grad():
+            with autocast():
+                batches = [generator.sample(batch_size)[0] for _ in range(20)]
             for images in batches:
-                images[half:] = transformed(images[half:])
-            calibrate(student, teacher, batches)
-        measure("calibrated", student)
-        # In many steps, or with little left to learn, Q ends farther from P at the full rate.
-        share = min(1, kd_loss(student(images), teacher(images), 1).item() / 0.02,
-                    (64000 / iterations / batch_size) ** 0.5)
+                student(images)
+            measure("fp", teacher)
+            measure("ptq", freeze(student))
+            if not plain:
+                say("calibrating: ranges, weights and batch norms, layer by layer")
+                for images in batches:
+                    images[half:] = transformed(images[half:])
+                calibrate(student, teacher, batches)
+            measure("calibrated", student)
+            # In many steps, or with little left to learn, Q ends farther from P at the full rate.
+            share = min(1, kd_loss(student(images), teacher(images), 1).item() / 0.05,
+                        (64000 / iterations / batch_size) ** 0.5)
         student_optimizer.param_groups[0]["lr"] *= share
     train(run, partial(train_step, True), iterations, schedule)
     measure("q", student)
@@ -463,7 +462,7 @@ def prepare_models(teacher, settings, device):
     return teacher, classifier, student
 
 def cuda_graph(function):
-    """On a GPU: `function`, of nothing, recorded after three calls, and then replayed at once."""
+    """On a GPU: `function`, of nothing, is called three times, recorded, and then replayed."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -490,8 +489,9 @@ def start_run(settings, out, resume, parts):
     if resume:
         with blaming(f"--resume: {file} cannot be used"):
             saved = torch.load(file)
-            if saved["settings"] != settings:
-                raise ValueError(f"its settings are {saved['settings']}")
+            for key, value in saved["settings"].items():
+                if settings[key] != value:
+                    raise ValueError(f"{key} was {value}, now it is {settings[key]}")
             for name, part in parts.items():
                 part.load_state_dict(saved["parts"][name])
             torch.set_rng_state(saved["rng"])
@@ -521,7 +521,7 @@ def train(run, train_step, last, schedule=None):
     200 times a run; save each minute, at the end, and at Ctrl-C or SIGTERM, which stop the run."""
     iterations = run.settings["iterations"]
     then = saved = time.monotonic()
-    if run.parts["generator"].mean.is_cuda:
+    if run.step < last and run.parts["generator"].mean.is_cuda:
         train_step = cuda_graph(train_step)
     for step in range(run.step + 1, last + 1):
         losses = train_step()
@@ -591,9 +591,9 @@ generator-lr X generator learning rate, Adam (default: 0.001, GDFQ)
 student-lr X learning rate of the student, SGD (default: 0.003, above 100 classes 0.001)
 bns-weight X weight of L_BNS in L_G (default: 1, above 100 classes 100; GDFQ 0.1)
 seed N seed of all random numbers (default: 0)
-device NAME cuda, cuda:1 or cpu (default: cuda if there is one)
+device auto|cuda|cpu auto (default): cuda if there is one; CUDA_VISIBLE_DEVICES says which
 precision auto|float32|bfloat16 of convolutions in training (default: bfloat16 where it is faster)
-out FOLDER where the files go (default: out/, method, arch and a number)
+out FOLDER where the files go (default: out/, method, arch and time)
 resume - go on from the checkpoint in --out, with the same settings, to the same bits
 evaluate STUDENT.pt train nothing: measure this student on --data
 """
@@ -642,9 +642,9 @@ def command_line(method_flags):
             packed = torch.load(given["evaluate"])
             say(evaluate_on(images, model, unpack(packed, model)))
         return
-    options = {**about, "about": {"arch": arch, "dataset": dataset, "weights": file}, **given}
-    stem = f"out/{METHOD.lower()}-{arch}-"
-    options.setdefault("out", stem + str(len(list(Path().glob(stem + "*")))))
+    options = {**about, "about": {"arch": arch, "dataset": dataset, "weights": file,
+                                  "data": folder}, **given}
+    options.setdefault("out", time.strftime(f"out/{METHOD.lower()}-{arch}-%m%d-%H%M%S"))
     if images:
         options["evaluate"] = partial(evaluate_on, images, model)
     quantize(model, **options)
