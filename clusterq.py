@@ -12,7 +12,7 @@ features cluster by class; Q learns from P.
 Result (README): ResNet-20, CIFAR-10, 3-bit weights and activations, 1,000 iterations of 64, three
 seeds: 85.9 +- 0.2 % of 88.0, where plain quantization leaves 75; six minutes on one core.
 
-Where each part comes from, and the flag without it (--plain: the paper alone):
+Where each part comes from, and the flag without it:
     generator, L_CE + L_BNS, alternate steps    GDFQ, arXiv 2003.03603, the baseline
     class centroids and alignment (L_SFDA)      ClusterQ, --no-sfda
     spread, against class-wise mode collapse    ClusterQ, --no-variance
@@ -52,6 +52,16 @@ from torchvision import datasets, models, transforms, utils
 from quant import batch_norms, calibrate, freeze, pack, quant_layers, quantize_model, unpack
 
 METHOD = "ClusterQ"
+METHOD_FLAGS = """\
+no-sfda - no alignment to the class centroids
+no-variance - no spread round the centroids: alignment alone
+no-ema - centroids stay as they were after the warm-up
+sfda-weight X weight of L_SFDA in L_G (default: 0.9, published)
+rho X share of a batch in the centroids' moving average (default: 0.2, published)
+noise X spread round a centroid, in the layer's standard deviations (default: 0.5; published: 0.03)
+first-layer N first semantic layer, batch norms counted from 0 (default: (number + 1) // 2 - 2)
+temperature X of the distillation (default: 4; published 20)
+"""
 # --------------------------------------------------------------------------------------- generator
 class Generator(nn.Module):
     """G(z, y): noise (B, 100), labels (B,) -> normalised images (B, C, S, S).
@@ -166,17 +176,15 @@ def teacher_forward(teacher, classifier, images):
     norm, as they run, the layer and mean and biased variance of each image's input, (B, C_l)."""
     features, statistics = [], []
 
-    def keep_statistics(norm, args):
-        h = args[0].movedim(1, -1).reshape(len(images), -1, norm.num_features).float()
+    def keep(layer, args):
+        if layer is classifier:
+            return features.append(args[0].float().flatten(1))
+        h = args[0].movedim(1, -1).reshape(len(images), -1, layer.num_features).float()
         mean, square = (v.sum(1) / h.shape[1] for v in (h, h * h))      # h.mean(1) would be slower
-        statistics.append((norm, mean, square - mean * mean))
-
-    def keep_features(layer, args):
-        features.append(args[0].float().flatten(1))
+        statistics.append((layer, mean, square - mean * mean))
     with contextlib.ExitStack() as hooks:
-        for norm in batch_norms(teacher).values():
-            hooks.enter_context(norm.register_forward_pre_hook(keep_statistics))
-        hooks.enter_context(classifier.register_forward_pre_hook(keep_features))
+        for layer in [classifier, *batch_norms(teacher).values()]:
+            hooks.enter_context(layer.register_forward_pre_hook(keep))
         return teacher(images).float(), features[-1], statistics
 
 # --------------------------------------------------------------------------------------- the method
@@ -192,7 +200,7 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
     channel, of pixels in [0, 1]. evaluate: a function of a model, on `device`, that returns a dict
     of numbers with "top1", in percent; if None, generated images tell. out: a folder for the files.
     about: what else to record. The rest are the command's flags (--help). The student has to stay
-    in evaluation mode. Raises BadInput, a ValueError, before any long work. Seeds torch."""
+    in evaluation mode. Raises BadInput, a ValueError. Seeds torch's random numbers."""
     few = num_classes <= 100
     if bns_weight is None:  # labels are learnt long after statistics
         bns_weight = 1.0 if few else 100.0
@@ -206,7 +214,7 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
         precision = "bfloat16" if fast else "float32"
     settings = {"method": METHOD, **locals()}
     for name in ("teacher", "few", "fast", "device", "evaluate", "out", "resume"):
-        settings.pop(name, None)                                        # the result is as without
+        settings.pop(name, None)                                        # not settings
     autocast = partial(torch.autocast, device.type, getattr(torch, precision),
                        enabled=precision != "float32")
     torch.manual_seed(seed)
@@ -218,12 +226,11 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
     centroids = Centroids(num_classes, width).to(device)
     generator_optimizer = torch.optim.Adam(
         generator.parameters(), generator_lr, betas=(0.5, 0.999), fused=True, capturable=True)
-    warm_iterations, half = int(iterations * warmup), batch_size // 2
+    warm, half = int(iterations * warmup), batch_size // 2
     student_optimizer = torch.optim.SGD(
         [p for p in student.parameters() if p.requires_grad],
-        torch.tensor(student_lr, device=device), 0.9, nesterov=True, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-        student_optimizer, iterations - warm_iterations)
+        torch.tensor(float(student_lr), device=device), 0.9, nesterov=True, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(student_optimizer, iterations - warm)
     run = start_run(settings, out, resume, {
         "student": student, "generator": generator, "centroids": centroids,
         "student_optimizer": student_optimizer, "generator_optimizer": generator_optimizer,
@@ -243,15 +250,15 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
             expected, _, statistics = teacher_forward(teacher, classifier, images)
         # 2. Generator step on L_G = L_CE + a L_BNS + b L_SFDA, through the frozen teacher.
         losses = {"L_CE": F.cross_entropy(expected, labels), "L_BNS": batch_norm_loss(statistics)}
-        loss = losses["L_CE"] + bns_weight * losses["L_BNS"]
         if sfda:
             values, weights = semantic_statistics(statistics, first_layer)
             if learns:
                 losses["L_SFDA"] = sfda_loss(values, centroids.values[labels], weights,
                                              centroids.seen[labels], noise if variance else 0)
-                loss = loss + sfda_weight * losses["L_SFDA"]
             recognised = expected.argmax(1) == labels
             centroids.update(values, labels, recognised, rho if ema or not learns else 0)
+        loss = losses["L_CE"] + bns_weight * losses["L_BNS"]
+        loss = loss + sfda_weight * losses.get("L_SFDA", 0)
         generator_optimizer.zero_grad()
         loss.backward()
         generator_optimizer.step()
@@ -264,15 +271,15 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
                 if not plain:                                           # P sees these anew
                     expected[half:] = teacher(images[half:]).float()
                 logits = student(images).float()
-            loss = losses["L_Q"] = kd_loss(logits, expected, temperature)
+            losses["L_Q"] = kd_loss(logits, expected, temperature)
             student_optimizer.zero_grad()
-            loss.backward()
+            losses["L_Q"].backward()
             nn.utils.clip_grad_norm_(student.parameters(), 3.0)         # else Q can fall to chance
             student_optimizer.step()
         return {name: loss.detach() for name, loss in losses.items()}
 
     # Step 5, report and save, is within train. The generator alone at first:
-    train(run, partial(train_step, False), warm_iterations)
+    train(run, partial(train_step, False), warm)
     # 3. Once, before the student's first step: observe its ranges and calibrate it.
     if "calibrated_top1" not in run.metrics:
         with torch.no_grad():
@@ -362,8 +369,8 @@ def load_teacher(arch, dataset, file):
     `file`, else the published one, downloaded once. arch, dataset: as the flags."""
     names = ["shapes", "resnet20", *models.list_models(module=models)]
     if arch not in names:
-        near = difflib.get_close_matches(arch, names, 1, 0)[0]
-        raise BadInput(f"--arch {arch} is not known: did you mean {near}?")
+        near = difflib.get_close_matches(arch, names, 1, 0)
+        raise BadInput(f"--arch {arch} is not known: did you mean {near[0]}?")
     about = DATASETS[dataset]
     with blaming(f"--arch {arch} --dataset {dataset} --weights {file} do not fit"):
         if dataset == "imagenet":
@@ -525,10 +532,9 @@ def train(run, train_step, last, schedule=None):
         if save or step % max(1, iterations // 200) == 0:
             row = {"step": step, **{name: value.item() for name, value in losses.items()}}
             run.rows.append(row)
-            rate = step / run.seconds
             text = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
-            left = (iterations - step) / rate / 60
-            say(f"{METHOD}  {text}  {rate:.2f} it/s  {left:.1f} min left",
+            left = (iterations - step) * run.seconds / step / 60
+            say(f"{METHOD}  {text}  {step / run.seconds:.2f} it/s  {left:.1f} min left",
                 end="  \r" if os.isatty(1) and step < last else "\n")
             if not math.isfinite(sum(row.values())):
                 raise BadInput("a loss is not finite: lower --student-lr or --generator-lr")
@@ -571,16 +577,16 @@ arch NAME shapes, the offline demonstration (default); resnet20; or any torchvis
 dataset shapes|cifar10|imagenet what it was trained on (default: the arch's)
 weights FILE state dict of the full-precision network (default: the published one, downloaded once)
 data FOLDER labelled test images, to measure with: a folder a class, or torchvision's CIFAR folder
-workers N processes that load them (default: 4; where shared memory is small, 0)
+workers N processes that load them (default: 4); give 0 where shared memory is small
 w N bits of the weights, 2 to 8 (default: 4; shapes 2)
 a N bits of the activations, 2 to 8 (default: 4); the network's own input has 8
 symmetric - signed codes with zero point 0 (default: asymmetric)
-plain - the paper alone: minimum-to-maximum ranges, no calibration, no image transformed
+plain - nearest to the paper: minimum-to-maximum ranges, no calibration, no image transformed
 iterations N in all, warm-up included (default: imagenet 80000, GDFQ; CIFAR 1000, shapes 300)
 batch-size N images an iteration (default: imagenet 16, GDFQ; CIFAR 64, shapes 32)
 warmup X share of the iterations in which the generator learns alone (default: 0.15)
 generator-lr X generator learning rate, Adam (default: 0.001, GDFQ)
-student-lr X learning rate of the student, SGD (default: 0.003, above 100 classes 0.001)
+student-lr X highest learning rate of the student, SGD (default: 0.003, above 100 classes 0.001)
 bns-weight X weight of L_BNS in L_G (default: 1, above 100 classes 100; GDFQ 0.1)
 seed N seed of all random numbers (default: 0)
 device auto|cuda|cpu auto (default): cuda if there is one; CUDA_VISIBLE_DEVICES says which
@@ -607,12 +613,12 @@ def say(text, end="\n"):
 def fail(message):
     raise BadInput(f"{message}: see --help")
 
-def command_line(method_flags):
+def command_line():
     """The command: the flags, the teacher, the images, then quantize."""
     parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
-    for line in (COMMON_FLAGS + method_flags).splitlines():
+    for line in (COMMON_FLAGS + METHOD_FLAGS).splitlines():
         name, kind, text = line.split(None, 2)
         dest = {"w": "w_bits", "a": "a_bits"}.get(name, name.removeprefix("no-").replace("-", "_"))
         options = {"type": {"N": int, "X": float}.get(kind, str), "metavar": kind}
@@ -634,34 +640,21 @@ def command_line(method_flags):
             packed = torch.load(given["evaluate"])
             say(evaluate_on(images, model, unpack(packed, model)))
         return
-    options = {**about, "about": {"arch": arch, "dataset": dataset, "weights": file,
-                                  "data": folder}, **given}
-    options.setdefault("out", time.strftime(f"out/{METHOD.lower()}-{arch}-%m%d-%H%M%S"))
-    if images:
-        options["evaluate"] = partial(evaluate_on, images, model)
-    quantize(model, **options)
+    record = {"arch": arch, "dataset": dataset, "weights": file, "data": folder}
+    quantize(model, **{
+        **about, "about": record, "evaluate": images and partial(evaluate_on, images, model),
+        "out": time.strftime(f"out/{METHOD.lower()}-{arch}-%m%d-%H%M%S"), **given})
 
-def main(method_flags):
+def main():
     """What the user can fix is one line on stderr and exit code 2."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
-        command_line(method_flags)
+        command_line()
     except (BadInput, OSError, KeyboardInterrupt) as error:
         print(f"{METHOD}: {error}", file=sys.stderr)
         sys.exit(2)
-# ============================================================================= shared plumbing: end
-
-METHOD_FLAGS = """\
-no-sfda - no alignment to the class centroids
-no-variance - no spread round the centroids: alignment alone
-no-ema - centroids stay as they were after the warm-up
-sfda-weight X weight of L_SFDA in L_G (default: 0.9, published)
-rho X share of a batch in the centroids' moving average (default: 0.2, published)
-noise X spread round a centroid, in the layer's standard deviations (default: 0.5; published: 0.03)
-first-layer N first semantic layer, batch norms counted from 0 (default: (number + 1) // 2 - 2)
-temperature X of the distillation (default: 4; published 20)
-"""
 
 if __name__ == "__main__":
-    main(METHOD_FLAGS)
+    main()
+# ============================================================================= shared plumbing: end

@@ -11,7 +11,7 @@ draw images whose batch-norm statistics and classes are those that P remembers; 
 Result (README): ResNet-20, CIFAR-10, 2-bit weights, 4-bit activations, 400 iterations of 64, three
 seeds: 85.1 +- 0.2 % of 88.0, where plain quantization leaves 29.5; two minutes on one core.
 
-Where each part comes from, and the flag without it (--plain: the paper alone):
+Where each part comes from, and the flag without it:
     generator, L_CE + L_BNS, alternate steps    GDFQ, arXiv 2003.03603, the baseline
     large-kernel attention in the generator     LRQ, --no-lka
     Adversarial Margin Add (AMA)                LRQ, --ama none
@@ -31,7 +31,7 @@ The algorithm, numbered as in quantize():
 
 Differences from the paper and its code (github.com/hfutly66/LRQ, branch master; README has more).
 AMA: `centre`, as published, keeps images at 16.9 to 49.8 degrees from the centre of their class's
-features; `logit`, ours, is a margin within the class loss, the default up to 100 classes. The
+features; `logit`, ours, the default up to 100 classes, is a margin within the class loss. The
 generator learns throughout; the published code then optimises its images one by one.
 
 Shapes: B batch size, K classes, D features, S image size, C channels, H and W height and width.
@@ -49,6 +49,15 @@ from torchvision import datasets, models, transforms, utils
 from quant import batch_norms, calibrate, freeze, pack, quant_layers, quantize_model, unpack
 
 METHOD = "LRQ"
+METHOD_FLAGS = """\
+no-lka - generator without large-kernel attention
+ama logit|centre|none Adversarial Margin Add (default: logit; with --plain or many classes, centre)
+margin X angle of --ama logit, radians (default: -0.5)
+kd dkd|kl distillation: decoupled (default), or the plain KL divergence
+temperature X of the distillation (default: 1, published)
+alpha X weight of TCKD, label against the rest (default: 1, published)
+beta X weight of NCKD, among the other classes (default: 8, published)
+"""
 # --------------------------------------------------------------------------------------- generator
 class LargeKernelAttention(nn.Module):
     """Attention over 23 x 23 pixels (VAN, arXiv 2202.09741, section 3): (B, C, H, W) -> the same.
@@ -129,7 +138,7 @@ def ama_logits(features, weight, bias, labels, margin):
     """Logits with a margin m on the label's angle: |f| |W_y| cos(theta_y + m) + b_y, (B, K).
 
     features: f, (B, D). weight: W, (K, D). bias: b, (K,) or None. labels: y, (B,). margin: m,
-    radians; theta_y: the angle between f and W_y. Below 0 images may stay at a wider angle, at 0
+    radians; theta_y: the angle between f and W_y. Below 0 images are drawn to the angle -m, at 0
     these are the plain logits. Source: ours, for AMA, after ArcFace (arXiv 1801.07698, eq. 3)."""
     w_y = weight[labels]                                                # (B, D)
     cosine = F.cosine_similarity(features, w_y).clamp(1e-6 - 1, 1 - 1e-6)
@@ -174,17 +183,15 @@ def teacher_forward(teacher, classifier, images):
     norm, as they run, the layer and mean and biased variance of its input, (C_l,) each."""
     features, statistics = [], []
 
-    def keep_statistics(norm, args):
+    def keep(layer, args):
+        if layer is classifier:
+            return features.append(args[0].float().flatten(1))
         h = args[0].movedim(1, -1).flatten(0, -2).float()               # (B H W, C)
         mean, square = h.sum(0) / len(h), (h * h).sum(0) / len(h)       # h.mean(0) would be slower
-        statistics.append((norm, mean, square - mean * mean))
-
-    def keep_features(layer, args):
-        features.append(args[0].float().flatten(1))
+        statistics.append((layer, mean, square - mean * mean))
     with contextlib.ExitStack() as hooks:
-        for norm in batch_norms(teacher).values():
-            hooks.enter_context(norm.register_forward_pre_hook(keep_statistics))
-        hooks.enter_context(classifier.register_forward_pre_hook(keep_features))
+        for layer in [classifier, *batch_norms(teacher).values()]:
+            hooks.enter_context(layer.register_forward_pre_hook(keep))
         return teacher(images).float(), features[-1], statistics
 
 # --------------------------------------------------------------------------------------- the method
@@ -200,7 +207,7 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
     channel, of pixels in [0, 1]. evaluate: a function of a model, on `device`, that returns a dict
     of numbers with "top1", in percent; if None, generated images tell. out: a folder for the files.
     about: what else to record. The rest are the command's flags (--help). The student has to stay
-    in evaluation mode. Raises BadInput, a ValueError, before any long work. Seeds torch."""
+    in evaluation mode. Raises BadInput, a ValueError. Seeds torch's random numbers."""
     few = num_classes <= 100  # with more, f and W_y begin at a right angle: no loss by `logit`
     ama = ama or ("logit" if few and not plain else "centre")
     if bns_weight is None:  # labels are learnt long after statistics
@@ -215,7 +222,7 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
         precision = "bfloat16" if fast else "float32"
     settings = {"method": METHOD, **locals()}
     for name in ("teacher", "few", "fast", "device", "evaluate", "out", "resume"):
-        settings.pop(name, None)                                        # the result is as without
+        settings.pop(name, None)                                        # not settings
     autocast = partial(torch.autocast, device.type, getattr(torch, precision),
                        enabled=precision != "float32")
     torch.manual_seed(seed)
@@ -226,12 +233,11 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
     generator.to(device)
     generator_optimizer = torch.optim.Adam(
         generator.parameters(), generator_lr, betas=(0.5, 0.999), fused=True, capturable=True)
-    warm_iterations, half = int(iterations * warmup), batch_size // 2
+    warm, half = int(iterations * warmup), batch_size // 2
     student_optimizer = torch.optim.SGD(
         [p for p in student.parameters() if p.requires_grad],
-        torch.tensor(student_lr, device=device), 0.9, nesterov=True, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-        student_optimizer, iterations - warm_iterations)
+        torch.tensor(float(student_lr), device=device), 0.9, nesterov=True, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(student_optimizer, iterations - warm)
     run = start_run(settings, out, resume, {
         "student": student, "generator": generator, "student_optimizer": student_optimizer,
         "generator_optimizer": generator_optimizer, "schedule": schedule})
@@ -251,13 +257,12 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
         # 2. Generator step on L_G = L_CE + a L_BNS, AMA in it or added, through the frozen teacher.
         logits = expected if ama != "logit" else ama_logits(features, weight, bias, labels, margin)
         losses = {"L_CE": F.cross_entropy(logits, labels), "L_BNS": batch_norm_loss(statistics)}
-        loss = losses["L_CE"] + bns_weight * losses["L_BNS"]
         if ama == "centre":
             losses["L_AMA"] = ama_centre_loss(features, generator.centres, labels)
-            loss = loss + losses["L_AMA"]
             with torch.no_grad():                                       # older images count less
                 generator.centres[labels] *= 0.9
                 generator.centres.index_add_(0, labels, features)
+        loss = losses["L_CE"] + bns_weight * losses["L_BNS"] + losses.get("L_AMA", 0)
         generator_optimizer.zero_grad()
         loss.backward()
         generator_optimizer.step()
@@ -270,17 +275,16 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
                 if not plain:                                           # P sees these anew
                     expected[half:] = teacher(images[half:]).float()
                 logits = student(images).float()
-            loss = kd_loss(logits, expected, temperature) if kd == "kl" else dkd_loss(
+            losses["L_Q"] = kd_loss(logits, expected, temperature) if kd == "kl" else dkd_loss(
                 logits, expected, labels, alpha, beta, temperature)
-            losses["L_Q"] = loss
             student_optimizer.zero_grad()
-            loss.backward()
+            losses["L_Q"].backward()
             nn.utils.clip_grad_norm_(student.parameters(), 3.0)         # else Q can fall to chance
             student_optimizer.step()
         return {name: loss.detach() for name, loss in losses.items()}
 
     # Step 5, report and save, is within train. The generator alone at first:
-    train(run, partial(train_step, False), warm_iterations)
+    train(run, partial(train_step, False), warm)
     # 3. Once, before the student's first step: observe its ranges and calibrate it.
     if "calibrated_top1" not in run.metrics:
         with torch.no_grad():
@@ -370,8 +374,8 @@ def load_teacher(arch, dataset, file):
     `file`, else the published one, downloaded once. arch, dataset: as the flags."""
     names = ["shapes", "resnet20", *models.list_models(module=models)]
     if arch not in names:
-        near = difflib.get_close_matches(arch, names, 1, 0)[0]
-        raise BadInput(f"--arch {arch} is not known: did you mean {near}?")
+        near = difflib.get_close_matches(arch, names, 1, 0)
+        raise BadInput(f"--arch {arch} is not known: did you mean {near[0]}?")
     about = DATASETS[dataset]
     with blaming(f"--arch {arch} --dataset {dataset} --weights {file} do not fit"):
         if dataset == "imagenet":
@@ -533,10 +537,9 @@ def train(run, train_step, last, schedule=None):
         if save or step % max(1, iterations // 200) == 0:
             row = {"step": step, **{name: value.item() for name, value in losses.items()}}
             run.rows.append(row)
-            rate = step / run.seconds
             text = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
-            left = (iterations - step) / rate / 60
-            say(f"{METHOD}  {text}  {rate:.2f} it/s  {left:.1f} min left",
+            left = (iterations - step) * run.seconds / step / 60
+            say(f"{METHOD}  {text}  {step / run.seconds:.2f} it/s  {left:.1f} min left",
                 end="  \r" if os.isatty(1) and step < last else "\n")
             if not math.isfinite(sum(row.values())):
                 raise BadInput("a loss is not finite: lower --student-lr or --generator-lr")
@@ -579,16 +582,16 @@ arch NAME shapes, the offline demonstration (default); resnet20; or any torchvis
 dataset shapes|cifar10|imagenet what it was trained on (default: the arch's)
 weights FILE state dict of the full-precision network (default: the published one, downloaded once)
 data FOLDER labelled test images, to measure with: a folder a class, or torchvision's CIFAR folder
-workers N processes that load them (default: 4; where shared memory is small, 0)
+workers N processes that load them (default: 4); give 0 where shared memory is small
 w N bits of the weights, 2 to 8 (default: 4; shapes 2)
 a N bits of the activations, 2 to 8 (default: 4); the network's own input has 8
 symmetric - signed codes with zero point 0 (default: asymmetric)
-plain - the paper alone: minimum-to-maximum ranges, no calibration, no image transformed
+plain - nearest to the paper: minimum-to-maximum ranges, no calibration, no image transformed
 iterations N in all, warm-up included (default: imagenet 80000, GDFQ; CIFAR 1000, shapes 300)
 batch-size N images an iteration (default: imagenet 16, GDFQ; CIFAR 64, shapes 32)
 warmup X share of the iterations in which the generator learns alone (default: 0.15)
 generator-lr X generator learning rate, Adam (default: 0.001, GDFQ)
-student-lr X learning rate of the student, SGD (default: 0.003, above 100 classes 0.001)
+student-lr X highest learning rate of the student, SGD (default: 0.003, above 100 classes 0.001)
 bns-weight X weight of L_BNS in L_G (default: 1, above 100 classes 100; GDFQ 0.1)
 seed N seed of all random numbers (default: 0)
 device auto|cuda|cpu auto (default): cuda if there is one; CUDA_VISIBLE_DEVICES says which
@@ -615,12 +618,12 @@ def say(text, end="\n"):
 def fail(message):
     raise BadInput(f"{message}: see --help")
 
-def command_line(method_flags):
+def command_line():
     """The command: the flags, the teacher, the images, then quantize."""
     parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
-    for line in (COMMON_FLAGS + method_flags).splitlines():
+    for line in (COMMON_FLAGS + METHOD_FLAGS).splitlines():
         name, kind, text = line.split(None, 2)
         dest = {"w": "w_bits", "a": "a_bits"}.get(name, name.removeprefix("no-").replace("-", "_"))
         options = {"type": {"N": int, "X": float}.get(kind, str), "metavar": kind}
@@ -642,33 +645,21 @@ def command_line(method_flags):
             packed = torch.load(given["evaluate"])
             say(evaluate_on(images, model, unpack(packed, model)))
         return
-    options = {**about, "about": {"arch": arch, "dataset": dataset, "weights": file,
-                                  "data": folder}, **given}
-    options.setdefault("out", time.strftime(f"out/{METHOD.lower()}-{arch}-%m%d-%H%M%S"))
-    if images:
-        options["evaluate"] = partial(evaluate_on, images, model)
-    quantize(model, **options)
+    record = {"arch": arch, "dataset": dataset, "weights": file, "data": folder}
+    quantize(model, **{
+        **about, "about": record, "evaluate": images and partial(evaluate_on, images, model),
+        "out": time.strftime(f"out/{METHOD.lower()}-{arch}-%m%d-%H%M%S"), **given})
 
-def main(method_flags):
+def main():
     """What the user can fix is one line on stderr and exit code 2."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
-        command_line(method_flags)
+        command_line()
     except (BadInput, OSError, KeyboardInterrupt) as error:
         print(f"{METHOD}: {error}", file=sys.stderr)
         sys.exit(2)
-# ============================================================================= shared plumbing: end
-
-METHOD_FLAGS = """\
-no-lka - generator without large-kernel attention
-ama logit|centre|none Adversarial Margin Add (default: logit; with --plain or many classes, centre)
-margin X angle of --ama logit, radians (default: -0.5)
-kd dkd|kl distillation: decoupled (default), or the plain KL divergence
-temperature X of the distillation (default: 1, published)
-alpha X weight of TCKD, label against the rest (default: 1, published)
-beta X weight of NCKD, among the other classes (default: 8, published)
-"""
 
 if __name__ == "__main__":
-    main(METHOD_FLAGS)
+    main()
+# ============================================================================= shared plumbing: end

@@ -605,7 +605,7 @@ def test_demonstration(command, files):
 
 @pytest.mark.parametrize("reader", (">&-", "| head -n 1"))
 def test_output_that_nobody_reads_ends_no_run(reader, files, tmp_path):
-    line = f"{sys.executable} {HERE}/lrq.py {TINY} --out {tmp_path} {reader}"
+    line = f"{sys.executable} {HERE}/lrq.py {TINY} --data images/ten --out {tmp_path} {reader}"
     error = subprocess.run(["bash", "-c", line], cwd=files, capture_output=True, text=True).stderr
     assert names_in(tmp_path) == FILES and "Error" not in error
 
