@@ -403,14 +403,17 @@ def load_images(dataset, folder, preprocess, workers):
         return [draw_shapes(2000, seed=2)]
     if not folder:
         return
-    with blaming(f"--data {folder} has to have a folder of images for each class of {dataset}"):
+    with blaming(f"--data {folder} has to have a folder of images for each class of {dataset} "
+                 "(and where shared memory is small, it needs --workers 0)"):
         if dataset == "cifar10" and os.path.exists(f"{folder}/cifar-10-batches-py"):
             images = datasets.CIFAR10(folder, train=False, transform=preprocess)
         else:
             images = datasets.ImageFolder(folder, preprocess)
         if len(images.classes) != DATASETS[dataset]["num_classes"]:
             raise ValueError(f"it has {len(images.classes)} classes")
-    return torch.utils.data.DataLoader(images, 100, num_workers=workers)
+        batches = torch.utils.data.DataLoader(images, 100, num_workers=workers)
+        next(iter(batches))                                             # a trial
+    return batches
 
 @torch.no_grad()
 def evaluate_on(batches, teacher, model):
