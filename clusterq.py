@@ -5,7 +5,7 @@ A trained classifier P becomes a low-bit one, Q, without any of its data: a gene
 draw images whose batch-norm statistics and classes are those that P remembers, and whose deep
 features cluster by class; Q learns from P.
 
-    python clusterq.py                              # offline demonstration, a minute on two cores
+    python clusterq.py                              # offline demonstration, two minutes, two cores
     python clusterq.py --arch resnet18 --w 4 --a 4  # an ImageNet network; for a GPU
     python clusterq.py --help                       # every flag and its default
 

@@ -4,7 +4,7 @@
 A trained classifier P becomes a low-bit one, Q, without any of its data: a generator G learns to
 draw images whose batch-norm statistics and classes are those that P remembers; Q learns from P.
 
-    python lrq.py                               # offline demonstration, a minute on two cores
+    python lrq.py                               # offline demonstration, two minutes, two cores
     python lrq.py --arch resnet18 --w 4 --a 4   # an ImageNet network; for a GPU
     python lrq.py --help                        # every flag and its default
 
