@@ -609,7 +609,7 @@ def stop(number, frame):
     if STOP:
         raise KeyboardInterrupt("stopped")
     STOP.append(number)
-    say("stopping after an iteration; once more: at once")
+    os.write(2, b"stopping after an iteration; once more: at once\n")   # print is not reentrant
 
 def say(text, end="\n"):
     """Print at once. That nobody reads any more is no reason to end a run."""
