@@ -7,7 +7,6 @@ features cluster by class; Q learns from P.
 
     python clusterq.py                              # offline demonstration, two minutes, two cores
     python clusterq.py --arch resnet18 --w 4 --a 4  # an ImageNet network; for a GPU
-    python clusterq.py --help                       # every flag and its default
 
 Result (README): ResNet-20, CIFAR-10, 2-bit weights, 4-bit activations, 400 iterations of 64, three
 seeds: 85.1 +- 0.2 % of 88.0, where plain quantization leaves 29.6; two minutes on one core.
@@ -25,8 +24,7 @@ The algorithm, numbered as in quantize():
  1. Draw noise z, labels y and images x = G(z, y).
  2. Generator step on L_G = L_CE + a L_BNS + b L_SFDA, through the frozen P. It learns alone, and
     without L_SFDA, at first. Then the centroids follow the images.
- 3. Once, then: observe Q's ranges on 20 batches (plain quantization); calibrate Q on them, half
-    of each transformed.
+ 3. Then, once: observe Q's ranges on 20 batches; calibrate Q on them, half of each transformed.
  4. Student step on the same images, half of them transformed: L_Q = T^2 KL(P || Q).
  5. Report and save. 6. At the end: evaluate, and write Q as integers.
 
@@ -42,13 +40,11 @@ M all semantic statistics of an image.
 import argparse, contextlib, copy, difflib, json, math, os, re, signal, sys, time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torchvision import datasets, models, transforms, utils
-
 from quant import batch_norms, calibrate, freeze, pack, quant_layers, quantize_model, unpack
 
 METHOD = "ClusterQ"
@@ -65,13 +61,12 @@ temperature X of the distillation (default: 4; published 20)
 # --------------------------------------------------------------------------------------- generator
 class Generator(nn.Module):
     """G(z, y): noise (B, 100), labels (B,) -> normalised images (B, C, S, S).
-
     GDFQ's generator (arXiv 2003.03603), from S/4 on (from 64 pixels on S/8). The label's
     embedding is added to z (GDFQ multiplies: then it shows in the variance alone)."""
     def __init__(self, image_size, num_classes, mean, std):
         super().__init__()
         self.embedding = nn.Embedding(num_classes, 100)
-        widths = (32, 128, 128) if image_size < 64 else (32, 64, 128, 128)      # at S, S/2, ...
+        widths = (32, 64, 128) if image_size < 64 else (32, 64, 128, 128)      # at S, S/2, ...
         start = image_size >> len(widths) - 1
         layers = [nn.Linear(100, 128 * start ** 2), nn.Unflatten(1, (128, start, start)),
                   nn.BatchNorm2d(128)]
@@ -103,11 +98,9 @@ def transformed(images):
     theta[:, 0, 0] *= mirror
     grid = F.affine_grid(theta, images.shape, align_corners=False)
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-
 # ------------------------------------------------------------------------------------------ losses
 def batch_norm_loss(statistics):
     """L_BNS = mean_l [ MSE(mean(h_l), mu_l) / s_l^2 + MSE(var(h_l), var_l) / s_l^4 ]
-
     statistics: for each batch norm l the layer, with running means mu_l and variances var_l, and
     mean and biased variance of its input h_l over height and width, (B, C_l) each; mean and var are
     over the batch too. MSE is over channels. s_l^2 is the mean of var_l: so each layer counts
@@ -134,7 +127,6 @@ def semantic_statistics(statistics, first):
 
 def sfda_loss(values, targets, weights, seen, amplitude):
     """L_SFDA = mean_l [ mean_i MSE(m_il, mu_{y_i,l} + e_i) ], of means and of variances.
-
     values: m, (B, M). targets: mu_y, each image's centroid, (B, M). weights: (M,), see
     semantic_statistics. seen: (B,), 1.0 where the class has a centroid, else 0.0; the mean is over
     those images. amplitude: A, root mean square of the noise e over the batch. Of all such noise
@@ -169,13 +161,11 @@ def kd_loss(student_logits, teacher_logits, temperature):
     T^2 keeps the gradient's size as T changes (Hinton et al., arXiv 1503.02531, section 2)."""
     log_q, log_p = ((v / temperature).log_softmax(1) for v in (student_logits, teacher_logits))
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature ** 2
-
 # ------------------------------------------------------------------------ seeing inside the teacher
 def teacher_forward(teacher, classifier, images):
     """(logits, features, statistics): (B, K), the classifier's input (B, D), and for each batch
     norm, as they run, the layer and mean and biased variance of each image's input, (B, C_l)."""
     features, statistics = [], []
-
     def keep(layer, args):
         if layer is classifier:
             return features.append(args[0].float().flatten(1))
@@ -186,7 +176,6 @@ def teacher_forward(teacher, classifier, images):
         for layer in [classifier, *batch_norms(teacher).values()]:
             hooks.enter_context(layer.register_forward_pre_hook(keep))
         return teacher(images).float(), features[-1], statistics
-
 # --------------------------------------------------------------------------------------- the method
 def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_size, w_bits=4,
              a_bits=4, symmetric=False, plain=False, warmup=0.15, generator_lr=1e-3,
@@ -194,13 +183,12 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
              noise=0.5, ema=True, first_layer=None, temperature=4.0, seed=0, precision="auto",
              device="auto", evaluate=None, out=None, resume=False, about=None):
     """Quantize a trained classifier without its data. Returns (student, what result.json holds).
-
     teacher: an nn.Module, (B, C, S, S) -> logits (B, K), with batch norms; it is not changed.
-    image_size: S, 8 or more. num_classes: K. mean, std: the teacher's normalisation, a number a
-    channel, of pixels in [0, 1]. evaluate: a function of a model, on `device`, that returns a dict
-    of numbers with "top1", in percent; if None, generated images tell. out: a folder for the files.
-    about: what else to record. The rest are the command's flags (--help). The student has to stay
-    in evaluation mode. Raises BadInput, a ValueError. Seeds torch's random numbers."""
+    image_size: S, 8 or more. num_classes: K. mean, std: a number a channel, its normalisation of
+    pixels in [0, 1]. evaluate: a function of a model, on `device`, that returns a dict of numbers
+    with "top1", in percent; if None, generated images tell. out: a folder for the files. about:
+    what else to record. The rest are the flags (--help). The student has to stay in evaluation
+    mode. Raises BadInput, a ValueError. Seeds torch's random numbers."""
     few = num_classes <= 100
     if bns_weight is None:  # labels are learnt long after statistics
         bns_weight = 1.0 if few else 100.0
@@ -227,15 +215,13 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
     generator_optimizer = torch.optim.Adam(
         generator.parameters(), generator_lr, betas=(0.5, 0.999), fused=True, capturable=True)
     warm, half = int(iterations * warmup), batch_size // 2
-    student_optimizer = torch.optim.SGD(
-        [p for p in student.parameters() if p.requires_grad],
-        torch.tensor(float(student_lr), device=device), 0.9, nesterov=True, fused=True)
+    lr = torch.tensor(float(student_lr), device=device)
+    student_optimizer = torch.optim.SGD(student.parameters(), lr, 0.9, nesterov=True, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(student_optimizer, iterations - warm)
     run = start_run(settings, out, resume, {
         "student": student, "generator": generator, "centroids": centroids,
         "student_optimizer": student_optimizer, "generator_optimizer": generator_optimizer,
         "schedule": schedule})
-
     def measure(name, model):
         with torch.random.fork_rng():                                   # training is as without
             generated = (generator.sample(50) for _ in range(20))
@@ -296,15 +282,13 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
                 calibrate(student, teacher, batches)
             measure("calibrated", student)
             # In many steps, or with little left to learn, Q ends farther from P at the full rate.
-            share = min(1, kd_loss(student(images), teacher(images), 1).item() / 0.05,
-                        (64000 / iterations / batch_size) ** 0.5)
+            left = kd_loss(student(images), teacher(images), 1).item()
+            share = min(1, (left / 0.05) ** 2, (64000 / iterations / batch_size) ** 0.5)
         student_optimizer.param_groups[0]["lr"] *= share
     train(run, partial(train_step, True), iterations, schedule)
     measure("q", student)
     return student, finish(run, teacher, "" if evaluate else "on generated images: ")   # step 6
-
 # =========================================================================== shared plumbing: begin
-# The same, byte for byte, in lrq.py and clusterq.py: teachers, images, runs, the command line.
 STOP = []  # Ctrl-C and SIGTERM add to it; it is asked after each iteration
 
 class BadInput(ValueError):
@@ -317,7 +301,6 @@ def blaming(what):
         yield
     except Exception as error:
         raise BadInput(f"{what} ({' '.join(str(error).split())[:600] or repr(error)})") from error
-
 # ------------------------------------------------------------------------------ teachers and images
 # What the teacher was trained on, and defaults. Of imagenet the preprocessing is the published one.
 CIFAR10 = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.2010], "image_size": 32,
@@ -331,8 +314,7 @@ RESNET20_URL = ("https://github.com/chenyaofo/pytorch-cifar-models/releases/down
 OLD_NAMES = r"^module\.|(denselayer\d+\.\w+)\.(?=\d)"  # DataParallel's; of torchvision's densenets
 
 class CifarResNet(models.ResNet):
-    """ResNet for 32 x 32 images (arXiv 1512.03385, section 4.2), named as in
-    chenyaofo/pytorch-cifar-models: three stages of `blocks` blocks, 3 for ResNet-20."""
+    """arXiv 1512.03385, section 4.2: three stages of `blocks` blocks, 3 for ResNet-20."""
     def __init__(self, blocks, num_classes):
         super().__init__(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes)
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
@@ -343,8 +325,7 @@ class CifarResNet(models.ResNet):
         self.fc = nn.Linear(64, num_classes)
 
 def draw_shapes(count, seed):
-    """The demonstration's images, (count, 3, 24, 24), normalised, and labels, (count,): ten smooth
-    shapes, mirrored, magnified and shifted at random, in noise."""
+    """Images, (count, 3, 24, 24), of ten smooth shapes, transformed, in noise; labels, (count,)."""
     torch.manual_seed(0)
     shapes = F.interpolate(torch.randn(10, 3, 8, 8), 24, mode="bicubic")
     torch.manual_seed(seed)
@@ -365,13 +346,11 @@ def shapes_teacher():
     return model
 
 def load_teacher(arch, dataset, file):
-    """(model, quantize's arguments about it, preprocessing of test images), with the state dict in
-    `file`, else the published one, downloaded once. arch, dataset: as the flags."""
-    names = ["shapes", "resnet20", *models.list_models(module=models)]
+    """(model, quantize's arguments about it, preprocessing of test images); arguments as flags."""
+    about, names = DATASETS[dataset], ["shapes", "resnet20", *models.list_models(module=models)]
     if arch not in names:
         near = difflib.get_close_matches(arch, names, 1, 0)
         raise BadInput(f"--arch {arch} is not known: did you mean {near[0]}?")
-    about = DATASETS[dataset]
     with blaming(f"--arch {arch} --dataset {dataset} --weights {file} do not fit"):
         if dataset == "imagenet":
             published = models.get_model_weights(arch)["IMAGENET1K_V1"]
@@ -379,9 +358,8 @@ def load_teacher(arch, dataset, file):
             about = {**about, "image_size": preprocess.crop_size[0], "mean": preprocess.mean,
                      "std": preprocess.std}
         else:
-            preprocess = transforms.Compose([
-                transforms.ToTensor(), transforms.Normalize(about["mean"], about["std"])])
-            url = RESNET20_URL
+            url, pixels = RESNET20_URL, transforms.Normalize(about["mean"], about["std"])
+            preprocess = transforms.Compose([transforms.ToTensor(), pixels])
         if arch == "shapes" and not file:
             return shapes_teacher().eval(), about, preprocess
         if arch in names[:2]:
@@ -403,12 +381,10 @@ def load_images(dataset, folder, preprocess, workers):
         return [draw_shapes(2000, seed=2)]
     if not folder:
         return
-    with blaming(f"--data {folder} has to have a folder of images for each class of {dataset} "
-                 "(and where shared memory is small, it needs --workers 0)"):
-        if dataset == "cifar10" and os.path.exists(f"{folder}/cifar-10-batches-py"):
-            images = datasets.CIFAR10(folder, train=False, transform=preprocess)
-        else:
-            images = datasets.ImageFolder(folder, preprocess)
+    with blaming(f"--data {folder} needs a folder a class; --workers 0 if shared memory is small"):
+        archive = dataset == "cifar10" and os.path.exists(f"{folder}/cifar-10-batches-py")
+        images = (datasets.CIFAR10(folder, train=False, transform=preprocess) if archive else
+                  datasets.ImageFolder(folder, preprocess))
         if len(images.classes) != DATASETS[dataset]["num_classes"]:
             raise ValueError(f"it has {len(images.classes)} classes")
         batches = torch.utils.data.DataLoader(images, 100, num_workers=workers)
@@ -417,8 +393,7 @@ def load_images(dataset, folder, preprocess, workers):
 
 @torch.no_grad()
 def evaluate_on(batches, teacher, model):
-    """{"top1", "agreement", "divergence"} on labelled images: how often the model's first choice is
-    the label and the teacher's, in percent, and the mean of KL(P || Q) from the teacher."""
+    """{"top1", "agreement" with the teacher, in percent, "divergence": the mean of KL(P || Q)}."""
     device, rows = next(model.parameters()).device, []
     for images, labels in batches:
         images = images.to(device)
@@ -427,7 +402,6 @@ def evaluate_on(batches, teacher, model):
     top1, agreement = (100 * (logits.argmax(1) == right).float().mean().item()
                        for right in (labels, expected.argmax(1)))
     return {"top1": top1, "agreement": agreement, "divergence": kd_loss(logits, expected, 1).item()}
-
 # ------------------------------------------------------------------------------------------ a run
 def choose_device(name):
     """The device. On a GPU iterations are replayed as a CUDA graph; sums have no fixed order."""
@@ -438,9 +412,8 @@ def choose_device(name):
         return torch.zeros(1, device=name).device
 
 def prepare_models(teacher, settings, device):
-    """(a frozen copy of the teacher, its last layer of K outputs, its quantized copy), all tried on
-    noise. Raises BadInput for one that cannot be used."""
-    s = SimpleNamespace(**settings)
+    """(a frozen copy of the teacher, its last layer of K outputs, the student), tried on noise."""
+    s = argparse.Namespace(**settings)
     images = torch.randn(2, len(s.mean), s.image_size, s.image_size, device=device)
     pixels = [(pixel - m) / d for pixel in (0, 1) for m, d in zip(s.mean, s.std)]
     teacher = getattr(teacher, "_orig_mod", teacher)                    # of torch.compile
@@ -464,29 +437,22 @@ def prepare_models(teacher, settings, device):
     return teacher, classifier, student
 
 def cuda_graph(function):
-    """On a GPU: `function`, of nothing, is called three times, recorded, and then replayed."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    """Call `function` three times, then record it: (what replays it, the result, overwritten)."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):                        # CUDA asks for another one
         for _ in range(3):
             function()
-    torch.cuda.current_stream().wait_stream(stream)
     try:
         with torch.cuda.graph(graph):
-            result = function()
+            return graph.replay, function()
     except RuntimeError as error:
         say(f"no CUDA graph, so slower: {error}")
-        return function
-
-    def replay():
-        graph.replay()
-        return result
-    return replay
+        return function, None
 
 def start_run(settings, out, resume, parts):
-    """What a run knows: settings, step, seconds, metrics, rows of log.csv; its folder; its parts,
-    {name: what has a state_dict}. With resume all of it is that of the checkpoint in `out`."""
-    run = SimpleNamespace(settings=settings, step=0, seconds=0.0, metrics={}, rows=[])
+    """What a run knows, with resume from the checkpoint. parts: {name: what has a state_dict}."""
+    run = argparse.Namespace(settings=settings, step=0, seconds=0.0, metrics={}, rows=[])
     file = f"{out}/checkpoint.pt"
     if resume:
         with blaming(f"--resume: {file} cannot be used"):
@@ -519,14 +485,14 @@ def save_checkpoint(run):
     Path(run.out, "log.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
 
 def train(run, train_step, last, schedule=None):
-    """Call train_step, which returns losses by name, up to iteration `last`. Print and keep them
-    200 times a run; save each minute, at the end, and at Ctrl-C or SIGTERM, which stop the run."""
+    """Iterate up to `last`; train_step returns losses by name. Save each minute, and if stopped."""
     iterations = run.settings["iterations"]
     then = saved = time.monotonic()
+    losses = None
     if run.step < last and run.parts["generator"].mean.is_cuda:
-        train_step = cuda_graph(train_step)
+        train_step, losses = cuda_graph(train_step)
     for step in range(run.step + 1, last + 1):
-        losses = train_step()
+        losses = train_step() or losses
         if schedule:
             schedule.step()
         now = time.monotonic()
@@ -572,7 +538,6 @@ def finish(run, teacher, on):
     if left:
         say(f"never ran, so their input is in float: {' '.join(left)}")
     return result
-
 # --------------------------------------------------------------------------------- the command line
 # A flag a line: its name, what it takes (- for nothing), its help.
 COMMON_FLAGS = """\
@@ -613,14 +578,11 @@ def say(text, end="\n"):
     except OSError:
         sys.stdout = None
 
-def fail(message):
-    raise BadInput(f"{message}: see --help")
-
-def command_line():
-    """The command: the flags, the teacher, the images, then quantize."""
-    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+def main():
+    """The flags, the teacher, the images, then quantize."""
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     for line in (COMMON_FLAGS + METHOD_FLAGS).splitlines():
         name, kind, text = line.split(None, 2)
         dest = {"w": "w_bits", "a": "a_bits"}.get(name, name.removeprefix("no-").replace("-", "_"))
@@ -640,24 +602,18 @@ def command_line():
     model.to(choose_device(given.get("device", "auto")))
     if "evaluate" in given:
         with blaming("--evaluate needs a student of this --arch, and --data"):
-            packed = torch.load(given["evaluate"])
-            say(evaluate_on(images, model, unpack(packed, model)))
-        return
+            return say(evaluate_on(images, model, unpack(torch.load(given["evaluate"]), model)))
     record = {"arch": arch, "dataset": dataset, "weights": file, "data": folder}
     quantize(model, **{
         **about, "about": record, "evaluate": images and partial(evaluate_on, images, model),
         "out": time.strftime(f"out/{METHOD.lower()}-{arch}-%m%d-%H%M%S"), **given})
 
-def main():
-    """What the user can fix is one line on stderr and exit code 2."""
+if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
-        command_line()
-    except (BadInput, OSError, KeyboardInterrupt) as error:
+        main()
+    except (BadInput, OSError, KeyboardInterrupt) as error:             # the user can fix it
         print(f"{METHOD}: {error}", file=sys.stderr)
         sys.exit(2)
-
-if __name__ == "__main__":
-    main()
 # ============================================================================= shared plumbing: end
