@@ -43,10 +43,10 @@ def calculate_qparams(min_val, max_val, bits, symmetric):
     if symmetric:
         quant_max = 2 ** (bits - 1) - 1
         scale = (torch.maximum(-min_val, max_val) / quant_max).clamp(min=tiny)
-        return scale, torch.zeros_like(scale, dtype=torch.int32), -quant_max, quant_max
+        return scale, torch.zeros_like(scale).int(), -quant_max, quant_max
     quant_max = 2 ** bits - 1
     scale = (max_val / quant_max - min_val / quant_max).clamp(min=tiny)
-    zero_point = (-min_val / scale).round().clamp(0, quant_max).to(torch.int32)
+    zero_point = (-min_val / scale).round().clamp(0, quant_max).int()
     return scale, zero_point, 0, quant_max
 
 
@@ -198,17 +198,16 @@ def quantize_model(model, w_bits, a_bits, symmetric=False, input_bits=8, input_r
     student.quant_config = {"w_bits": int(w_bits), "a_bits": int(a_bits),
                             "symmetric": symmetric, "input_bits": int(input_bits)}
     done = {}  # a layer that stands in several places stays one
-    for prefix, parent in list(student.named_modules()):
-        for name, layer in parent._modules.items():
-            if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Linear)):
-                continue
+    for name, layer in student.named_modules():
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Linear)):
             if "weight" not in layer._parameters:
-                raise TypeError(f"cannot quantize layer '{prefix}.{name}': its weight is computed "
-                                "from others: remove that first, see torch.nn.utils")
-            if layer not in done:
-                bits, known = (a_bits, None) if done else (input_bits, input_range)
-                done[layer] = QuantLayer(layer, w_bits, bits, symmetric, known, least_error)
-            parent._modules[name] = done[layer]
+                raise TypeError(f"cannot quantize layer '{name}': its weight is computed from "
+                                "others: remove that first, see torch.nn.utils")
+            bits, known = (a_bits, None) if done else (input_bits, input_range)
+            done[layer] = QuantLayer(layer, w_bits, bits, symmetric, known, least_error)
+    for parent in list(student.modules()):
+        for name, child in parent._modules.items():
+            parent._modules[name] = done.get(child, child)
     for layer in [*done, *batch_norms(student).values()]:
         for p in layer.parameters():
             p.requires_grad_(True)
@@ -319,8 +318,8 @@ def calibrate(student, teacher, batches):
       and r^2 = (v' + eps) / (v + eps), the running statistics mu, var of the teacher become
       mu' = m' + r (mu - m) and var' + eps = r^2 (var + eps). r is kept within 1/4 to 4.
     Of a layer that runs again, weights and statistics stay as the first run made them. Returns the
-    student, frozen. Sources: Nagel et al., arXiv 1906.04721, section 4.2 (means); Banner et al.,
-    arXiv 1810.05723 (means and variances, by the weights alone).
+    student, frozen. Not part of LRQ or ClusterQ. Sources: see gptq_layer; Nagel et al., arXiv
+    1906.04721, section 4.2 (means); Banner et al., arXiv 1810.05723 (variances, by weights alone).
     """
     teacher = copy.deepcopy(teacher).float().eval()
     pairs = {teacher.get_submodule(name): layer for name, layer in quant_layers(student).items()}
@@ -398,8 +397,8 @@ def unpack_bits(packed, bits, count):
 
 @torch.no_grad()
 def pack(student):
-    """A quantized model for torch.save: "config", the arguments of quantize_model, and "state", the
-    state dict, weights as packed uint8 codes if their layer ran. RuntimeError before freeze."""
+    """A quantized model for torch.save: "config", bits and symmetric, as for quantize_model, and
+    "state", weights as packed uint8 codes if their layer ran. RuntimeError before freeze."""
     layers = {name: m for name, m in quant_layers(student).items() if m.min_val <= m.max_val}
     if not layers or any(layer.observing for layer in layers.values()):
         raise RuntimeError("nothing to pack: run images through the model, then freeze it")

@@ -59,12 +59,12 @@ class Padded(nn.Conv2d):
 
 
 class Small(nn.Module):
-    """A teacher, the same each time: one layer has two places, one never runs, a parameter is of no layer."""
+    """A teacher, the same each time: the first layer is nested, one has two places, one never runs."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(1)
-        self.stem, self.norm1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
         self.padded, self.norm2 = Padded(16, 16, 3, groups=2), nn.BatchNorm2d(16)
         self.twice, self.unused, self.head = nn.Conv2d(16, 16, 1), nn.Conv1d(16, 4, 1), nn.Linear(16, 5)
         self.again = self.twice
@@ -75,7 +75,7 @@ class Small(nn.Module):
         self.eval()
 
     def forward(self, x):
-        x = F.relu(self.norm1(self.stem(x)))
+        x = F.relu(self.stem(x))
         x = F.relu(self.norm2(self.padded(x))) * self.padded.gain() * self.factor
         return self.head(self.again(F.relu(self.twice(x))).mean((2, 3)))
 
@@ -208,7 +208,7 @@ def test_quantize_model_is_a_copy_that_learns():
     assert same(before, state_of(model)) and not model.head.weight.requires_grad
     assert model.training and not student.training
     assert len(quant.quant_layers(student)) == 5
-    assert_close(student.stem.scale, torch.tensor(8 / 255))             # 8 bits of -2 to 6
+    assert_close(student.stem[0].scale, torch.tensor(8 / 255))             # 8 bits of -2 to 6
     assert student.head.scale > student.head.max_val / 4                # 2 bits
     still = {name for name, p in student.named_parameters() if p.grad is None or not p.grad.any()}
     assert {name for name in still if "unused" not in name} == {"factor", "count"}
@@ -460,7 +460,7 @@ def test_run_leaves_the_teacher_and_writes_its_files(script, tmp_path):
     teacher, folder = Small().train(), tmp_path / "new" / "run"
     before = state_of(teacher)
     result = run(script, teacher, out=folder, evaluate=None)[1]
-    assert same(before, state_of(teacher)) and teacher.training and teacher.stem.weight.requires_grad
+    assert same(before, state_of(teacher)) and teacher.training and teacher.head.weight.requires_grad
     assert without_hooks(teacher)
     assert names_in(folder) == FILES and KEYS <= set(result)
     assert result == json.loads((folder / "result.json").read_text())
@@ -560,7 +560,7 @@ def test_bad_input_is_one_line(arguments, message, command, capsys):
 
 class Picky(Small):
     def forward(self, x):
-        assert isinstance(self.stem, nn.Conv2d), "no convolution"
+        assert isinstance(self.head, nn.Linear), "no linear layer"
         return super().forward(x)
 
 
@@ -571,7 +571,7 @@ def spoiled():
 
 
 @pytest.mark.parametrize("make, changes, message", (
-    (lambda: nn.Sequential(Small(), nn.Softmax(1)), {}, "softmax"), (Picky, {}, "no convolution"),
+    (lambda: nn.Sequential(Small(), nn.Softmax(1)), {}, "softmax"), (Picky, {}, "no linear layer"),
     (lambda: nn.Sequential(Small(), nn.Linear(6, 5)), {}, "mat1 and mat2"),
     (spoiled, {}, "norm2.running_mean"), (Small, {"num_classes": 7}, "7 logits")))
 def test_teacher_that_cannot_be_used_is_refused(make, changes, message, script):
