@@ -11,19 +11,19 @@ features cluster by class; Q learns from P.
 Result (README): ResNet-20, CIFAR-10, 2-bit weights, 4-bit activations, 400 iterations of 64, three
 seeds: 85.1 +- 0.2 % of 88.0, where plain quantization leaves 29.6; two minutes on one core.
 
-Where each part comes from, and the flag without it:
-    generator, L_CE + L_BNS, alternate steps    GDFQ, arXiv 2003.03603, the baseline
+Where each part comes from, and the flag that leaves it out:
+    generator, L_CE + L_BNS, alternate steps    GDFQ, arXiv 2003.03603
     class centroids and alignment (L_SFDA)      ClusterQ, --no-sfda
     spread, against class-wise mode collapse    ClusterQ, --no-variance
     moving average of the centroids             ClusterQ, --no-ema
     least-error ranges, GPTQ, batch norms       quantization with data, --plain
     transformed images                          this project, --plain
-    units of L_BNS, label added to z, clipping  this project
+    units of L_BNS, label added to z, rates     this project
 
 The algorithm, numbered as in quantize():
  1. Draw noise z, labels y and images x = G(z, y).
  2. Generator step on L_G = L_CE + a L_BNS + b L_SFDA, through the frozen P. It learns alone, and
-    without L_SFDA, at first. Then the centroids follow the images.
+    without L_SFDA, at first. The centroids follow the images from the first on.
  3. Then, once: observe Q's ranges on 20 batches; calibrate Q on them, half of each transformed.
  4. Student step on the same images, half of them transformed: L_Q = T^2 KL(P || Q).
  5. Report and save. 6. At the end: evaluate, and write Q as integers.
@@ -190,7 +190,7 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
     what else to record. The rest are the flags (--help). The student has to stay in evaluation
     mode. Raises BadInput, a ValueError. Seeds torch's random numbers."""
     few = num_classes <= 100
-    if bns_weight is None:  # labels are learnt long after statistics
+    if bns_weight is None:  # L_CE of many classes, large for long, hides L_BNS
         bns_weight = 1.0 if few else 100.0
     if student_lr is None:  # a student of many classes is easily taken away from its teacher
         student_lr = 3e-3 if few else 1e-3
@@ -223,10 +223,10 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
         "student_optimizer": student_optimizer, "generator_optimizer": generator_optimizer,
         "schedule": schedule})
     def measure(name, model):
-        with torch.random.fork_rng():                                   # training is as without
+        with torch.random.fork_rng():                                   # measuring changes no run
             generated = (generator.sample(50) for _ in range(20))
             found = evaluate(model) if evaluate else evaluate_on(generated, teacher, model)
-        run.metrics.update({f"{name}_{key}": value for key, value in found.items()})
+        run.metrics.update({f"{name}_{key}": float(value) for key, value in found.items()})
 
     def train_step(learns):
         """Steps 1, 2 and 4. learns: whether the student does too. Returns the losses by name."""
@@ -266,7 +266,7 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
 
     # Step 5, report and save, is within train. The generator alone at first:
     train(run, partial(train_step, False), warm)
-    # 3. Once, before the student's first step: observe its ranges and calibrate it.
+    # 3. Once: observe ranges, which is plain quantization; calibrate, which finds them anew.
     if "calibrated_top1" not in run.metrics:
         with torch.no_grad():
             with autocast():
@@ -404,7 +404,7 @@ def evaluate_on(batches, teacher, model):
     return {"top1": top1, "agreement": agreement, "divergence": kd_loss(logits, expected, 1).item()}
 # ------------------------------------------------------------------------------------------ a run
 def choose_device(name):
-    """The device. On a GPU iterations are replayed as a CUDA graph; sums have no fixed order."""
+    """On a GPU: bfloat16, a CUDA graph (three more iterations a phase), sums in any order."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.benchmark = True  # every iteration has the same shapes
@@ -455,7 +455,7 @@ def start_run(settings, out, resume, parts):
     run = argparse.Namespace(settings=settings, step=0, seconds=0.0, metrics={}, rows=[])
     file = f"{out}/checkpoint.pt"
     if resume:
-        with blaming(f"--resume: {file} cannot be used"):
+        with blaming(f"--resume needs --out with a run: {file} cannot be used"):
             saved = torch.load(file)
             for key, value in saved["settings"].items():
                 if settings[key] != value:
@@ -476,7 +476,7 @@ def start_run(settings, out, resume, parts):
     return run
 
 def save_checkpoint(run):
-    """checkpoint.pt, with which --resume goes on to the same bits, and log.csv."""
+    """checkpoint.pt: what the run knows, its parts' states, random states. And log.csv."""
     state = {**vars(run), "parts": {name: part.state_dict() for name, part in run.parts.items()},
              "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
     torch.save(state, f"{run.out}/checkpoint.tmp")
@@ -541,7 +541,7 @@ def finish(run, teacher, on):
 # --------------------------------------------------------------------------------- the command line
 # A flag a line: its name, what it takes (- for nothing), its help.
 COMMON_FLAGS = """\
-arch NAME shapes, the offline demonstration (default); resnet20; or any torchvision classifier
+arch NAME shapes, a demonstration (default), resnet20, or one of torchvision with batch norms
 dataset shapes|cifar10|imagenet what it was trained on (default: the arch's)
 weights FILE state dict of the full-precision network (default: the published one, downloaded once)
 data FOLDER labelled test images, to measure with: a folder a class, or torchvision's CIFAR folder
@@ -549,7 +549,7 @@ workers N processes that load them (default: 4); give 0 where shared memory is s
 w N bits of the weights, 2 to 8 (default: 4; shapes 2)
 a N bits of the activations, 2 to 8 (default: 4); the network's own input has 8
 symmetric - signed codes with zero point 0 (default: asymmetric)
-plain - nearest to the paper: minimum-to-maximum ranges, no calibration, no image transformed
+plain - nearest to the paper: ranges from minimum to maximum, no calibration, no image transformed
 iterations N in all, warm-up included (default: imagenet 80000, GDFQ; CIFAR 1000, shapes 300)
 batch-size N images an iteration (default: imagenet 16, GDFQ; CIFAR 64, shapes 32)
 warmup X share of the iterations in which the generator learns alone (default: 0.15)
@@ -558,9 +558,9 @@ student-lr X highest learning rate of the student, SGD (default: 0.003, above 10
 bns-weight X weight of L_BNS in L_G (default: 1, above 100 classes 100; GDFQ 0.1)
 seed N seed of all random numbers (default: 0)
 device auto|cuda|cpu auto (default): cuda if there is one; CUDA_VISIBLE_DEVICES says which
-precision auto|float32|bfloat16 of convolutions in training (default: bfloat16 where it is faster)
+precision auto|float32|bfloat16 in training (default: bfloat16 on a GPU or with AVX512-BF16)
 out FOLDER where the files go (default: out/, method, arch and time)
-resume - go on from the checkpoint in --out, with the same settings, to the same bits
+resume - go on from the checkpoint in --out, with the same settings (on a CPU, to the same bits)
 evaluate STUDENT.pt train nothing: measure this student on --data
 """
 

@@ -10,14 +10,14 @@ draw images whose batch-norm statistics and classes are those that P remembers; 
 Result (README): ResNet-20, CIFAR-10, 2-bit weights, 4-bit activations, 400 iterations of 64, three
 seeds: 85.2 +- 0.2 % of 88.0, where plain quantization leaves 29.8; two minutes on one core.
 
-Where each part comes from, and the flag without it:
-    generator, L_CE + L_BNS, alternate steps    GDFQ, arXiv 2003.03603, the baseline
+Where each part comes from, and the flag that leaves it out:
+    generator, L_CE + L_BNS, alternate steps    GDFQ, arXiv 2003.03603
     large-kernel attention in the generator     LRQ, --no-lka
     Adversarial Margin Add (AMA)                LRQ, --ama none
     decoupled distillation                      LRQ, arXiv 2203.08679, --kd kl
     least-error ranges, GPTQ, batch norms       quantization with data, --plain
     transformed images, AMA on the logit        this project, --plain
-    units of L_BNS, label added to z, clipping  this project
+    units of L_BNS, label added to z, rates     this project
 
 The algorithm, numbered as in quantize():
  1. Draw noise z, labels y and images x = G(z, y).
@@ -47,8 +47,8 @@ from quant import batch_norms, calibrate, freeze, pack, quant_layers, quantize_m
 METHOD = "LRQ"
 METHOD_FLAGS = """\
 no-lka - generator without large-kernel attention
-ama logit|centre|none Adversarial Margin Add (default: logit; with --plain or many classes, centre)
-margin X angle of --ama logit, radians (default: -0.5)
+ama logit|centre|none Adversarial Margin Add (logit; with --plain or above 100 classes, centre)
+margin X angle of --ama logit, radians; below 0 it draws images nearer (default: -0.5)
 kd dkd|kl distillation: decoupled (default), or the plain KL divergence
 temperature X of the distillation (default: 1, published)
 alpha X weight of TCKD, label against the rest (default: 1, published)
@@ -70,7 +70,7 @@ class LargeKernelAttention(nn.Module):
 
     def forward(self, x):
         u = F.gelu(self.project_in(x))
-        with torch.autocast("cpu", enabled=False):  # else gradients of 1e30 at times
+        with torch.autocast("cpu", enabled=False):  # else, on a CPU, gradients of 1e30 at times
             u = u.float() * self.attention(u.float())
         return x + self.layer_scale * self.project_out(u)
 
@@ -140,7 +140,7 @@ def ama_logits(features, weight, bias, labels, margin):
 
 def ama_centre_loss(features, centres, labels, margin=0.5, low=0.3, high=0.8):
     """L_AMA = mean of max(low - d, 0) + max(d - high, 0), d = 1 - cos(theta + margin).
-    features: f, (B, D). centres: (K, D), sums of the features of each class's earlier images, zeros
+    features: f, (B, D). centres: (K, D), moving sums of the features of each class's images, zeros
     without any. labels: y, (B,). theta: the angle between f and the centre of y. The mean is over
     images whose class has one. They are kept at 16.9 to 49.8 degrees. Source: LRQ's code."""
     centre = centres[labels]                                            # (B, D)
@@ -194,9 +194,9 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
     with "top1", in percent; if None, generated images tell. out: a folder for the files. about:
     what else to record. The rest are the flags (--help). The student has to stay in evaluation
     mode. Raises BadInput, a ValueError. Seeds torch's random numbers."""
-    few = num_classes <= 100  # with more, f and W_y begin at a right angle: no loss by `logit`
+    few = num_classes <= 100  # with more, f begins at a right angle to W_y: m alone makes L_CE 0
     ama = ama or ("logit" if few and not plain else "centre")
-    if bns_weight is None:  # labels are learnt long after statistics
+    if bns_weight is None:  # L_CE of many classes, large for long, hides L_BNS
         bns_weight = 1.0 if few else 100.0
     if student_lr is None:  # a student of many classes is easily taken away from its teacher
         student_lr = 3e-3 if few else 1e-3
@@ -226,10 +226,10 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
         "student": student, "generator": generator, "student_optimizer": student_optimizer,
         "generator_optimizer": generator_optimizer, "schedule": schedule})
     def measure(name, model):
-        with torch.random.fork_rng():                                   # training is as without
+        with torch.random.fork_rng():                                   # measuring changes no run
             generated = (generator.sample(50) for _ in range(20))
             found = evaluate(model) if evaluate else evaluate_on(generated, teacher, model)
-        run.metrics.update({f"{name}_{key}": value for key, value in found.items()})
+        run.metrics.update({f"{name}_{key}": float(value) for key, value in found.items()})
 
     def train_step(learns):
         """Steps 1, 2 and 4. learns: whether the student does too. Returns the losses by name."""
@@ -267,7 +267,7 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
 
     # Step 5, report and save, is within train. The generator alone at first:
     train(run, partial(train_step, False), warm)
-    # 3. Once, before the student's first step: observe its ranges and calibrate it.
+    # 3. Once: observe ranges, which is plain quantization; calibrate, which finds them anew.
     if "calibrated_top1" not in run.metrics:
         with torch.no_grad():
             with autocast():
@@ -405,7 +405,7 @@ def evaluate_on(batches, teacher, model):
     return {"top1": top1, "agreement": agreement, "divergence": kd_loss(logits, expected, 1).item()}
 # ------------------------------------------------------------------------------------------ a run
 def choose_device(name):
-    """The device. On a GPU iterations are replayed as a CUDA graph; sums have no fixed order."""
+    """On a GPU: bfloat16, a CUDA graph (three more iterations a phase), sums in any order."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.benchmark = True  # every iteration has the same shapes
@@ -456,7 +456,7 @@ def start_run(settings, out, resume, parts):
     run = argparse.Namespace(settings=settings, step=0, seconds=0.0, metrics={}, rows=[])
     file = f"{out}/checkpoint.pt"
     if resume:
-        with blaming(f"--resume: {file} cannot be used"):
+        with blaming(f"--resume needs --out with a run: {file} cannot be used"):
             saved = torch.load(file)
             for key, value in saved["settings"].items():
                 if settings[key] != value:
@@ -477,7 +477,7 @@ def start_run(settings, out, resume, parts):
     return run
 
 def save_checkpoint(run):
-    """checkpoint.pt, with which --resume goes on to the same bits, and log.csv."""
+    """checkpoint.pt: what the run knows, its parts' states, random states. And log.csv."""
     state = {**vars(run), "parts": {name: part.state_dict() for name, part in run.parts.items()},
              "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
     torch.save(state, f"{run.out}/checkpoint.tmp")
@@ -542,7 +542,7 @@ def finish(run, teacher, on):
 # --------------------------------------------------------------------------------- the command line
 # A flag a line: its name, what it takes (- for nothing), its help.
 COMMON_FLAGS = """\
-arch NAME shapes, the offline demonstration (default); resnet20; or any torchvision classifier
+arch NAME shapes, a demonstration (default), resnet20, or one of torchvision with batch norms
 dataset shapes|cifar10|imagenet what it was trained on (default: the arch's)
 weights FILE state dict of the full-precision network (default: the published one, downloaded once)
 data FOLDER labelled test images, to measure with: a folder a class, or torchvision's CIFAR folder
@@ -550,7 +550,7 @@ workers N processes that load them (default: 4); give 0 where shared memory is s
 w N bits of the weights, 2 to 8 (default: 4; shapes 2)
 a N bits of the activations, 2 to 8 (default: 4); the network's own input has 8
 symmetric - signed codes with zero point 0 (default: asymmetric)
-plain - nearest to the paper: minimum-to-maximum ranges, no calibration, no image transformed
+plain - nearest to the paper: ranges from minimum to maximum, no calibration, no image transformed
 iterations N in all, warm-up included (default: imagenet 80000, GDFQ; CIFAR 1000, shapes 300)
 batch-size N images an iteration (default: imagenet 16, GDFQ; CIFAR 64, shapes 32)
 warmup X share of the iterations in which the generator learns alone (default: 0.15)
@@ -559,9 +559,9 @@ student-lr X highest learning rate of the student, SGD (default: 0.003, above 10
 bns-weight X weight of L_BNS in L_G (default: 1, above 100 classes 100; GDFQ 0.1)
 seed N seed of all random numbers (default: 0)
 device auto|cuda|cpu auto (default): cuda if there is one; CUDA_VISIBLE_DEVICES says which
-precision auto|float32|bfloat16 of convolutions in training (default: bfloat16 where it is faster)
+precision auto|float32|bfloat16 in training (default: bfloat16 on a GPU or with AVX512-BF16)
 out FOLDER where the files go (default: out/, method, arch and time)
-resume - go on from the checkpoint in --out, with the same settings, to the same bits
+resume - go on from the checkpoint in --out, with the same settings (on a CPU, to the same bits)
 evaluate STUDENT.pt train nothing: measure this student on --data
 """
 
