@@ -8,7 +8,7 @@ draw images whose batch-norm statistics and classes are those that P remembers; 
     python lrq.py --arch resnet18 --w 4 --a 4   # an ImageNet network; for a GPU
 
 Result (README): ResNet-20, CIFAR-10, 2-bit weights, 4-bit activations, 400 iterations of 64, three
-seeds: 85.2 +- 0.2 % of 88.0, where plain quantization leaves 29.8; two minutes on one core.
+seeds: 85.2 +- 0.2 % of 88.0, where quantization alone leaves 29.8; two minutes on one core.
 
 Where each part comes from, and the flag that leaves it out:
     generator, L_CE + L_BNS, alternate steps    GDFQ, arXiv 2003.03603
@@ -267,7 +267,7 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
 
     # Step 5, report and save, is within train. The generator alone at first:
     train(run, partial(train_step, False), warm)
-    # 3. Once: observe ranges, which is plain quantization; calibrate, which finds them anew.
+    # 3. Once: observe ranges (PTQ, quantization alone); calibrate, which finds them anew.
     if "calibrated_top1" not in run.metrics:
         with torch.no_grad():
             with autocast():
@@ -361,7 +361,7 @@ def load_teacher(arch, dataset, file):
         else:
             url, pixels = RESNET20_URL, transforms.Normalize(about["mean"], about["std"])
             preprocess = transforms.Compose([transforms.ToTensor(), pixels])
-        if arch == "shapes" and not file:
+        if arch == dataset == "shapes" and not file:
             return shapes_teacher().eval(), about, preprocess
         if arch in names[:2]:
             model = CifarResNet(1 if arch == "shapes" else 3, about["num_classes"])
@@ -389,7 +389,7 @@ def load_images(dataset, folder, preprocess, workers):
         if len(images.classes) != DATASETS[dataset]["num_classes"]:
             raise ValueError(f"it has {len(images.classes)} classes")
         batches = torch.utils.data.DataLoader(images, 100, num_workers=workers)
-        next(iter(batches))                                             # a trial
+        list(zip(range(4), batches))                                    # a trial
     return batches
 
 @torch.no_grad()
@@ -532,7 +532,7 @@ def finish(run, teacher, on):
         images, labels = generator.sample(80)
         pixels = images[labels.argsort()] * generator.std + generator.mean
         utils.save_image(pixels, f"{run.out}/samples.png")
-    line = "full precision {fp_top1:.1f} %  plain {ptq_top1:.1f} %  {method} {q_top1:.1f} %"
+    line = "full precision {fp_top1:.1f} %  PTQ {ptq_top1:.1f} %  {method} {q_top1:.1f} %"
     if "q_divergence" in result:
         line += " (agreement {q_agreement:.1f} %, divergence {q_divergence:.3f})"
     say(f"{on}{line.format(**result)}  {fp_mb / q_mb:.1f}x smaller")

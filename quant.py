@@ -3,7 +3,7 @@
 
     student = quantize_model(model, w_bits=4, a_bits=4)   # a copy; `model` stays as it is
     student(images)                                       # it observes the activation ranges
-    freeze(student)                                       # ranges fixed: this is plain quantization
+    freeze(student)                                       # ranges fixed: quantized, no more
     calibrate(student, model, [images])                   # or better: ranges, weights, batch norms
     torch.save(pack(student), "student.pt")               # integer codes, b bits each
     student = unpack(torch.load("student.pt", weights_only=True), model)
