@@ -224,7 +224,7 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
         "schedule": schedule})
     def measure(name, model):
         with torch.random.fork_rng():                                   # measuring changes no run
-            generated = (generator.sample(50) for _ in range(20))
+            generated = (generator.sample(batch_size) for _ in range(20))
             found = evaluate(model) if evaluate else evaluate_on(generated, teacher, model)
         run.metrics.update({f"{name}_{key}": float(value) for key, value in found.items()})
 
