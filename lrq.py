@@ -92,7 +92,7 @@ class Generator(nn.Module):
                        nn.BatchNorm2d(o), nn.LeakyReLU(0.2, inplace=True)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(o, len(mean), 3, 1, 1), nn.Tanh(),
                                     nn.BatchNorm2d(len(mean), affine=False))
-        self.mean, self.std = (nn.Buffer(torch.tensor(v).view(-1, 1, 1)) for v in (mean, std))
+        self.mean, self.std = (nn.Buffer(torch.Tensor(v).view(-1, 1, 1)) for v in (mean, std))
 
     def forward(self, z, labels):
         x = self.layers(z + self.embedding(labels)).float()
@@ -226,11 +226,10 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
         "student": student, "generator": generator, "student_optimizer": student_optimizer,
         "generator_optimizer": generator_optimizer, "schedule": schedule})
     def measure(name, model):
-        with torch.random.fork_rng():                                   # measuring changes no run
+        with torch.no_grad(), torch.random.fork_rng():                  # measuring changes no run
             generated = (generator.sample(batch_size) for _ in range(20))
             found = evaluate(model) if evaluate else evaluate_on(generated, teacher, model)
         run.metrics.update({f"{name}_{key}": float(value) for key, value in found.items()})
-
     def train_step(learns):
         """Steps 1, 2 and 4. learns: whether the student does too. Returns the losses by name."""
         # 1. Draw noise and labels, and images from them.
@@ -264,7 +263,6 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
             nn.utils.clip_grad_norm_(student.parameters(), 3.0)         # else Q can fall to chance
             student_optimizer.step()
         return {name: loss.detach() for name, loss in losses.items()}
-
     # Step 5, report and save, is within train. The generator alone at first:
     train(run, partial(train_step, False), warm)
     # 3. Once: observe ranges (PTQ, quantization alone); calibrate, which finds them anew.
@@ -312,7 +310,7 @@ DATASETS = {
     "imagenet": {"num_classes": 1000, "iterations": 80000, "batch_size": 16}}
 RESNET20_URL = ("https://github.com/chenyaofo/pytorch-cifar-models/releases/download/resnet/"
                 "cifar10_resnet20-4118986f.pt")
-OLD_NAMES = r"^module\.|(denselayer\d+\.\w+)\.(?=\d)"  # DataParallel's; of torchvision's densenets
+OLD_NAMES = r"^(?:module\.|_orig_mod\.)+|(denselayer\d+\.\w+)\.(?=\d)"  # wrappers', DenseNet's
 
 class CifarResNet(models.ResNet):
     """arXiv 1512.03385, section 4.2: three stages of `blocks` blocks, 3 for ResNet-20."""
@@ -424,16 +422,18 @@ def prepare_models(teacher, settings, device):
         for key, value in teacher.state_dict().items():
             if not value.isfinite().all():
                 raise ValueError(f"{key} is NaN or infinite")
-        teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
-        teacher.to(device, torch.float32, memory_format=torch.channels_last)
+        teacher = copy.deepcopy(teacher).eval().requires_grad_(False).to(device, torch.float32)
+        with contextlib.suppress(RuntimeError):                         # not if it has a .view
+            copy.deepcopy(teacher).to(memory_format=torch.channels_last)(images)
+            teacher.to(memory_format=torch.channels_last)
+        student = quantize_model(teacher, s.w_bits, s.a_bits, s.symmetric, least_error=not s.plain,
+                                 input_range=(min(pixels), max(pixels)))
         classifier = [m for m in teacher.modules() if s.num_classes in (
             getattr(m, "out_features", 0), getattr(m, "out_channels", 0))][-1]
         logits, features, statistics = teacher_forward(teacher, classifier, images.requires_grad_())
         batch_norm_loss(statistics).backward()
         again = F.linear(features, classifier.weight.flatten(1), classifier.bias)
         torch.testing.assert_close(again, logits, rtol=1e-3, atol=1e-3)
-        student = quantize_model(teacher, s.w_bits, s.a_bits, s.symmetric, least_error=not s.plain,
-                                 input_range=(min(pixels), max(pixels)))
         copy.deepcopy(student)(images)
     return teacher, classifier, student
 
@@ -472,7 +472,7 @@ def start_run(settings, out, resume, parts):
         os.makedirs(out, exist_ok=True)
         if os.path.exists(file):
             raise BadInput(f"--out {out} holds a run: name another folder, or add --resume")
-    say(settings)
+    say(json.dumps(settings))
     run.out, run.parts = out and str(out), parts
     return run
 
@@ -492,7 +492,7 @@ def train(run, train_step, last, schedule=None):
     losses = None
     if run.step < last and run.parts["generator"].mean.is_cuda:
         train_step, losses = cuda_graph(train_step)
-    for step in range(run.step + 1, last + 1):
+    for step in range(run.step + 1, int(last) + 1):
         losses = train_step() or losses
         if schedule:
             schedule.step()
@@ -531,7 +531,7 @@ def finish(run, teacher, on):
         Path(run.out, "result.json").write_text(json.dumps(result, indent=2))
         images, labels = generator.sample(80)
         pixels = images[labels.argsort()] * generator.std + generator.mean
-        utils.save_image(pixels, f"{run.out}/samples.png")
+        utils.save_image(pixels[:, :3], f"{run.out}/samples.png")
     line = "full precision {fp_top1:.1f} %  PTQ {ptq_top1:.1f} %  {method} {q_top1:.1f} %"
     if "q_divergence" in result:
         line += " (agreement {q_agreement:.1f} %, divergence {q_divergence:.3f})"

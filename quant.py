@@ -16,6 +16,7 @@ The maths and the words are those of torch.fake_quantize_per_tensor_affine, to t
 Quantized: the weight (a range for each output channel) and the input (one range) of every Conv1d,
 Conv2d and Linear, first and last included. In float32: biases, batch norms, sums, other layers.
 """
+import contextlib
 import copy
 from functools import partial
 
@@ -64,13 +65,13 @@ def calculate_range(x, bits, symmetric, least_error=True):
     if not least_error:
         return low, high
     x = x[:, ::x.shape[1] // 2 ** 18 | 1]                               # enough to tell the errors
-    shares = [share / 10 for share in range(10, 2, -1)]
+    shares = torch.arange(10, 2, -1) / 10
     span = (high - low).clamp(min=1.2e-38)
     errors = []
     for share in shares:
         qparams = calculate_qparams(share * low, share * high, bits, symmetric)
         errors.append(((fake_quantize(x, *qparams) - x) / span).abs().pow(3).mean(1, keepdim=True))
-    share = x.new_tensor(shares)[torch.stack(errors).argmin(0)]
+    share = shares.to(x)[torch.stack(errors).argmin(0)]
     return share * low, share * high
 
 
@@ -132,7 +133,7 @@ class QuantLayer(nn.Module):
     @torch.no_grad()
     def observe(self, x):
         """Move the input's range towards that of x, any shape. ValueError if x is not finite."""
-        x = x.reshape(1, -1).float()
+        x = x.flatten()[None].float()
         low, high = calculate_range(x, self.a_bits, self.symmetric, self.least_error)
         low = low.squeeze().clamp(max=self.input_range[0])
         high = high.squeeze().clamp(min=self.input_range[1])
@@ -256,9 +257,9 @@ def samples(y, input, weight, bias=None, stride=1, padding=0, dilation=1, groups
     about `count`. Arguments: the output, then those of F.conv2d, F.conv1d or F.linear."""
     kernel = weight.shape[2:]
     dims, x = len(kernel), input                                        # of space; 0: linear
-    skip = max(1, round((y.numel() / len(weight) / count) ** (1 / max(1, dims))))
+    skip = max(1, round((y.numel() / len(weight) / count) ** (1 / (dims or 1))))
     if not dims:
-        x, y = (v.reshape(-1, v.shape[-1])[::skip] for v in (x, y))     # (N, n), (N, O)
+        x, y = (v.flatten(0, -2)[::skip] for v in (x, y))     # (N, n), (N, O)
     if bias is not None:
         y = y - bias.view(-1, *[1] * dims)
     for dim, k in enumerate(kernel):
@@ -293,7 +294,7 @@ def gptq_layer(w, x, y, quantize, ridge=100, damping=0.3, block=1024):
         part = slice(start, start + block)
         h = (x[:, part] @ x[:, part].mT).double()
         eye = torch.eye(h.shape[1]).to(h)
-        mean = h.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)[:, None, None]
+        mean = h.diagonal(0, 1, 2).mean(1).clamp(min=1e-12)[:, None, None]
         v = w[:, :, part] + torch.linalg.solve(h + r * eye, (x[:, part] @ rest.mT).double()).mT
         u = torch.linalg.cholesky(torch.linalg.inv(h + damping * mean * eye), upper=True)
         q = torch.empty_like(v)
@@ -323,11 +324,11 @@ def calibrate(student, teacher, batches):
     """
     teacher = copy.deepcopy(teacher).float().eval()
     pairs = {teacher.get_submodule(name): layer for name, layer in quant_layers(student).items()}
-    norms = {teacher.get_submodule(name): norm for name, norm in batch_norms(student).items()}
-    outputs, statistics, hooks = {}, {}, []
+    norms = dict(zip(batch_norms(teacher).values(), batch_norms(student).values()))
+    outputs, statistics = {}, {}
 
     def keep_output(y, input, weight, *args, **kwargs):
-        outputs.setdefault(weight, samples(y, input, weight, *args, **kwargs)[0].cpu())
+        outputs.setdefault(weight, samples(y, input, weight, *args, **kwargs)[0].cpu().clone())
 
     def fit_layer(original, layer, args):
         def round_column(w):
@@ -342,6 +343,7 @@ def calibrate(student, teacher, batches):
 
         for x in args[0].split(len(batches[0])):
             layer.observe(x)
+        layer.input_range = layer.min_val.item(), layer.max_val.item()  # if it runs again: no less
         with _Calls(fit_weight):
             layer.layer(layer.quantize_input(args[0]))
 
@@ -364,17 +366,14 @@ def calibrate(student, teacher, batches):
         original.register_forward_pre_hook(keep_statistics)
     with _Calls(keep_output):
         teacher(images)
-    for original, layer in pairs.items():
-        layer.min_val.fill_(torch.inf)                                  # ranges start anew
-        layer.observing = False
-        hooks.append(layer.register_forward_pre_hook(partial(fit_layer, original)))
-    for original, norm in norms.items():
-        hooks.append(norm.register_forward_pre_hook(partial(correct, original)))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for original, layer in pairs.items():
+            layer.min_val.fill_(torch.inf)                              # ranges start anew
+            layer.observing = False
+            hooks.enter_context(layer.register_forward_pre_hook(partial(fit_layer, original)))
+        for original, norm in norms.items():
+            hooks.enter_context(norm.register_forward_pre_hook(partial(correct, original)))
         student(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return freeze(student)
 
 
@@ -404,7 +403,7 @@ def pack(student):
         raise RuntimeError("nothing to pack: run images through the model, then freeze it")
     state = student.state_dict()
     for key in state:
-        state[key] = state[key].to("cpu", copy=True)
+        state[key] = state[key].cpu().clone()
     for name, layer in layers.items():
         steps = (layer.round_weight(layer.weight) / layer.weight_scale).round()
         codes = (steps + layer.weight_zero_point - layer.w_bounds[0]).to("cpu", torch.uint8)

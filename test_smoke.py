@@ -66,7 +66,7 @@ class Small(nn.Module):
         torch.manual_seed(1)
         self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
         self.padded, self.norm2 = Padded(16, 16, 3, groups=2), nn.BatchNorm2d(16)
-        self.twice, self.unused, self.head = nn.Conv2d(16, 16, 1), nn.Conv1d(16, 4, 1), nn.Linear(16, 5)
+        self.twice, self.unused, self.head = nn.Conv2d(16, 16, 1), nn.Conv1d(16, 4, 1), nn.Linear(64, 5)
         self.again = self.twice
         self.factor = nn.Parameter(torch.ones(1))
         self.count = nn.Parameter(torch.tensor(3), requires_grad=False)
@@ -77,7 +77,7 @@ class Small(nn.Module):
     def forward(self, x):
         x = F.relu(self.stem(x))
         x = F.relu(self.norm2(self.padded(x))) * self.padded.gain() * self.factor
-        return self.head(self.again(F.relu(self.twice(x))).mean((2, 3)))
+        return self.head(F.avg_pool2d(self.again(F.relu(self.twice(x))), 4).view(len(x), -1))
 
 
 def pictures(count):
@@ -250,7 +250,7 @@ def test_calibrate_comes_nearer_to_the_teacher():
     assert quant.calibrate(student, teacher, images.split(64)) is student
     for x in (images, unseen):
         far, near = ((model(x) - teacher(x)).square().mean() for model in (plain, student))
-        assert near < 0.7 * far
+        assert near < 0.8 * far
     assert same(before, state_of(teacher)) and without_hooks(teacher) and without_hooks(student)
     assert not any(layer.observing for name, layer in quant.quant_layers(student).items() if name != "unused")
     for model in (teacher, student):                                    # what batch norms give
