@@ -61,7 +61,7 @@ temperature X of the distillation (default: 4; published 20)
 # --------------------------------------------------------------------------------------- generator
 class Generator(nn.Module):
     """G(z, y): noise (B, 100), labels (B,) -> normalised images (B, C, S, S).
-    GDFQ's generator (arXiv 2003.03603), from S/4 on (from 64 pixels on S/8). The label's
+    GDFQ's generator (arXiv 2003.03603), beginning at S/4 (at S/8 if S >= 64). The label's
     embedding is added to z (GDFQ multiplies: then it shows in the variance alone)."""
     def __init__(self, image_size, num_classes, mean, std):
         super().__init__()

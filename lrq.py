@@ -30,7 +30,7 @@ The algorithm, numbered as in quantize():
 Differences from the paper and its code (github.com/hfutly66/LRQ, branch master; README has more).
 AMA: `centre`, as published, keeps images at 16.9 to 49.8 degrees from the centre of their class's
 features; `logit`, ours, the default up to 100 classes, is a margin within the class loss. The
-generator learns throughout; the published code then optimises its images one by one.
+generator learns throughout; the published code stops it early and optimises images one by one.
 
 Shapes: B batch size, K classes, D features, S image size, C channels, H and W height and width.
 """
@@ -76,7 +76,7 @@ class LargeKernelAttention(nn.Module):
 
 class Generator(nn.Module):
     """G(z, y): noise (B, 100), labels (B,) -> normalised images (B, C, S, S).
-    GDFQ's generator (arXiv 2003.03603), from S/4 on (from 64 pixels on S/8), with large-kernel
+    GDFQ's generator (arXiv 2003.03603), beginning at S/4 (at S/8 if S >= 64), with large-kernel
     attention where it is coarsest: there one kernel spans most of the image at the least cost. The
     label's embedding is added to z (GDFQ multiplies: then it shows in the variance alone)."""
     def __init__(self, image_size, num_classes, mean, std, lka=True):

@@ -38,7 +38,7 @@ def calculate_qparams(min_val, max_val, bits, symmetric):
     """
     if bits not in range(2, 9):
         raise ValueError(f"bits must be a whole number from 2 to 8, not {bits!r}")
-    # Half of the largest float32 keeps every product finite, the smallest normal one 1 / scale.
+    # Within half of the largest float32 all products are finite, from the smallest on 1 / scale.
     limit, tiny = 1.7e38, 1.2e-38
     min_val, max_val = min_val.float().clamp(-limit, 0), max_val.float().clamp(0, limit)
     if symmetric:
@@ -312,8 +312,8 @@ def calibrate(student, teacher, batches):
     """Find ranges, weights and batch-norm statistics that bring a new student near to its teacher.
 
     batches: a list of images, (B, C, H, W). All go through both networks at once: memory has to
-    hold a few of the largest layer's outputs, and 40,000 places of each. As they pass, what runs
-    is seen to in turn, each part by what those before it make of the images:
+    hold a few of the largest layer's outputs, and 40,000 places of each. As they pass, each
+    part is set when it runs, from what the parts before it, already set, make of the images:
     - a QuantLayer: its input's range, anew; its weights (gptq_layer), for the teacher's outputs;
     - a batch norm: with m, v mean and variance of its input in the teacher, m', v' in the student,
       and r^2 = (v' + eps) / (v + eps), the running statistics mu, var of the teacher become
