@@ -16,7 +16,7 @@ Where each part comes from, and the flag that leaves it out:
     class centroids and alignment (L_SFDA)      ClusterQ, --no-sfda
     spread, against class-wise mode collapse    ClusterQ, --no-variance
     moving average of the centroids             ClusterQ, --no-ema
-    least-error ranges, GPTQ, batch norms       quantization with data, --plain
+    least-error ranges, GPTQ, batch norms       papers on quantization with data, --plain
     transformed images                          this project, --plain
     units of L_BNS, label added to z, rates     this project
 
@@ -51,7 +51,7 @@ METHOD = "ClusterQ"
 METHOD_FLAGS = """\
 no-sfda - no alignment to the class centroids
 no-variance - no spread round the centroids: alignment alone
-no-ema - centroids stay as they were after the warm-up
+no-ema - after the warm-up centroids stay, those of classes without any excepted
 sfda-weight X weight of L_SFDA in L_G (default: 0.9, published)
 rho X share of a batch in the centroids' moving average (default: 0.2, published)
 noise X spread round a centroid, in the layer's standard deviations (default: 0.5; published: 0.03)
@@ -476,7 +476,7 @@ def start_run(settings, out, resume, parts):
     return run
 
 def save_checkpoint(run):
-    """checkpoint.pt: what the run knows, its parts' states, random states. And log.csv."""
+    """checkpoint.pt: settings, step, metrics, log, states of all parts, random states. log.csv."""
     state = {**vars(run), "parts": {name: part.state_dict() for name, part in run.parts.items()},
              "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
     torch.save(state, f"{run.out}/checkpoint.tmp")
@@ -549,7 +549,7 @@ workers N processes that load them (default: 4); give 0 where shared memory is s
 w N bits of the weights, 2 to 8 (default: 4; shapes 2)
 a N bits of the activations, 2 to 8 (default: 4); the network's own input has 8
 symmetric - signed codes with zero point 0 (default: asymmetric)
-plain - nearest to the paper: ranges from minimum to maximum, no calibration, no image transformed
+plain - nearest to the paper: ranges from minimum to maximum, nothing calibrated or transformed
 iterations N in all, warm-up included (default: imagenet 80000, GDFQ; CIFAR 1000, shapes 300)
 batch-size N images an iteration (default: imagenet 16, GDFQ; CIFAR 64, shapes 32)
 warmup X share of the iterations in which the generator learns alone (default: 0.15)

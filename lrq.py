@@ -15,7 +15,7 @@ Where each part comes from, and the flag that leaves it out:
     large-kernel attention in the generator     LRQ, --no-lka
     Adversarial Margin Add (AMA)                LRQ, --ama none
     decoupled distillation                      LRQ, arXiv 2203.08679, --kd kl
-    least-error ranges, GPTQ, batch norms       quantization with data, --plain
+    least-error ranges, GPTQ, batch norms       papers on quantization with data, --plain
     transformed images, AMA on the logit        this project, --plain
     units of L_BNS, label added to z, rates     this project
 
@@ -48,7 +48,7 @@ METHOD = "LRQ"
 METHOD_FLAGS = """\
 no-lka - generator without large-kernel attention
 ama logit|centre|none Adversarial Margin Add (logit; with --plain or above 100 classes, centre)
-margin X angle of --ama logit, radians; below 0 it draws images nearer (default: -0.5)
+margin X of --ama logit, radians; below 0 it draws images to the angle -X (default: -0.5)
 kd dkd|kl distillation: decoupled (default), or the plain KL divergence
 temperature X of the distillation (default: 1, published)
 alpha X weight of TCKD, label against the rest (default: 1, published)
@@ -477,7 +477,7 @@ def start_run(settings, out, resume, parts):
     return run
 
 def save_checkpoint(run):
-    """checkpoint.pt: what the run knows, its parts' states, random states. And log.csv."""
+    """checkpoint.pt: settings, step, metrics, log, states of all parts, random states. log.csv."""
     state = {**vars(run), "parts": {name: part.state_dict() for name, part in run.parts.items()},
              "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
     torch.save(state, f"{run.out}/checkpoint.tmp")
@@ -550,7 +550,7 @@ workers N processes that load them (default: 4); give 0 where shared memory is s
 w N bits of the weights, 2 to 8 (default: 4; shapes 2)
 a N bits of the activations, 2 to 8 (default: 4); the network's own input has 8
 symmetric - signed codes with zero point 0 (default: asymmetric)
-plain - nearest to the paper: ranges from minimum to maximum, no calibration, no image transformed
+plain - nearest to the paper: ranges from minimum to maximum, nothing calibrated or transformed
 iterations N in all, warm-up included (default: imagenet 80000, GDFQ; CIFAR 1000, shapes 300)
 batch-size N images an iteration (default: imagenet 16, GDFQ; CIFAR 64, shapes 32)
 warmup X share of the iterations in which the generator learns alone (default: 0.15)
