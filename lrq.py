@@ -4,7 +4,7 @@
 A trained classifier P becomes a low-bit one, Q, without any of its data: a generator G learns to
 draw images whose batch-norm statistics and classes are those that P remembers; Q learns from P.
 
-    python lrq.py                               # offline demonstration, two minutes, two cores
+    python lrq.py                               # offline demonstration: 1 to 2 minutes
     python lrq.py --arch resnet18 --w 4 --a 4   # an ImageNet network; for a GPU
 
 Result (README): ResNet-20, CIFAR-10, 2-bit weights, 4-bit activations, 400 iterations of 64, three
@@ -472,7 +472,7 @@ def start_run(settings, out, resume, parts):
         os.makedirs(out, exist_ok=True)
         if os.path.exists(file):
             raise BadInput(f"--out {out} holds a run: name another folder, or add --resume")
-    say(json.dumps(settings))
+    say(json.dumps(settings))  # what result.json cannot hold fails here, not after training
     run.out, run.parts = out and str(out), parts
     return run
 

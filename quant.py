@@ -259,7 +259,7 @@ def samples(y, input, weight, bias=None, stride=1, padding=0, dilation=1, groups
     dims, x = len(kernel), input                                        # of space; 0: linear
     skip = max(1, round((y.numel() / len(weight) / count) ** (1 / (dims or 1))))
     if not dims:
-        x, y = (v.flatten(0, -2)[::skip] for v in (x, y))     # (N, n), (N, O)
+        x, y = (v.flatten(0, -2)[::skip] for v in (x, y))                   # (N, n), (N, O)
     if bias is not None:
         y = y - bias.view(-1, *[1] * dims)
     for dim, k in enumerate(kernel):

@@ -66,7 +66,7 @@ class Small(nn.Module):
         torch.manual_seed(1)
         self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
         self.padded, self.norm2 = Padded(16, 16, 3, groups=2), nn.BatchNorm2d(16)
-        self.twice, self.unused, self.head = nn.Conv2d(16, 16, 1), nn.Conv1d(16, 4, 1), nn.Linear(64, 5)
+        self.twice, self.unused, self.head = nn.Conv2d(16, 16, 1), nn.Conv1d(16, 4, 1), nn.Linear(16, 5)
         self.again = self.twice
         self.factor = nn.Parameter(torch.ones(1))
         self.count = nn.Parameter(torch.tensor(3), requires_grad=False)
@@ -77,7 +77,7 @@ class Small(nn.Module):
     def forward(self, x):
         x = F.relu(self.stem(x))
         x = F.relu(self.norm2(self.padded(x))) * self.padded.gain() * self.factor
-        return self.head(F.avg_pool2d(self.again(F.relu(self.twice(x))), 4).view(len(x), -1))
+        return self.head(self.again(F.relu(self.twice(x))).view(-1, 1024).view(-1, 16, 64).mean(2))
 
 
 def pictures(count):
@@ -208,7 +208,7 @@ def test_quantize_model_is_a_copy_that_learns():
     assert same(before, state_of(model)) and not model.head.weight.requires_grad
     assert model.training and not student.training
     assert len(quant.quant_layers(student)) == 5
-    assert_close(student.stem[0].scale, torch.tensor(8 / 255))             # 8 bits of -2 to 6
+    assert_close(student.stem[0].scale, torch.tensor(8 / 255))          # 8 bits of -2 to 6
     assert student.head.scale > student.head.max_val / 4                # 2 bits
     still = {name for name, p in student.named_parameters() if p.grad is None or not p.grad.any()}
     assert {name for name in still if "unused" not in name} == {"factor", "count"}
@@ -250,7 +250,7 @@ def test_calibrate_comes_nearer_to_the_teacher():
     assert quant.calibrate(student, teacher, images.split(64)) is student
     for x in (images, unseen):
         far, near = ((model(x) - teacher(x)).square().mean() for model in (plain, student))
-        assert near < 0.8 * far
+        assert near < 0.7 * far
     assert same(before, state_of(teacher)) and without_hooks(teacher) and without_hooks(student)
     assert not any(layer.observing for name, layer in quant.quant_layers(student).items() if name != "unused")
     for model in (teacher, student):                                    # what batch norms give
