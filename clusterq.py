@@ -9,7 +9,7 @@ features cluster by class; Q learns from P.
     python clusterq.py --arch resnet18 --w 4 --a 4  # an ImageNet network; for a GPU
 
 Result (README): ResNet-20, CIFAR-10, 2-bit weights, 4-bit activations, 400 iterations of 64, three
-seeds: 85.3 +- 0.2 % top-1; full precision 88.0, quantization alone 29.3. Three minutes, one core.
+seeds: 85.3 +- 0.2 % top-1; full precision 88.0, quantization alone 29.3. A few minutes, one core.
 
 Where each part comes from, and the flag that leaves it out:
     generator, L_CE + L_BNS, alternate steps    GDFQ, arXiv 2003.03603
@@ -109,8 +109,8 @@ def batch_norm_loss(statistics):
     for norm, means, variances in statistics:
         s2 = norm.running_var.mean().clamp(min=norm.eps)
         var = variances.mean(0) + means.var(0, correction=0)            # within images, and between
-        loss = loss + F.mse_loss(means.mean(0), norm.running_mean) / s2
-        loss = loss + F.mse_loss(var, norm.running_var) / s2.square()
+        loss += F.mse_loss(means.mean(0), norm.running_mean) / s2
+        loss += F.mse_loss(var, norm.running_var) / s2.square()
     return loss / len(statistics)
 
 def semantic_statistics(statistics, first):
@@ -184,7 +184,7 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
              device="auto", evaluate=None, out=None, resume=False, about=None):
     """Quantize a trained classifier without its data. Returns (student, what result.json holds).
     teacher: an nn.Module, (B, C, S, S) -> logits (B, K), with batch norms; it is not changed.
-    image_size: S, 8 or more. num_classes: K. mean, std: a number a channel, its normalisation of
+    image_size: S, 8 or more. num_classes: K. mean, std: lists, the normalisation of each channel's
     pixels in [0, 1]. evaluate: a function of a model, on `device`, that returns a dict of numbers
     with "top1", in percent; if None, generated images tell. out: a folder for the files. about:
     what else to record. The rest are the flags (--help). The student has to stay in evaluation
@@ -198,11 +198,11 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
         raise BadInput("iterations: 1 or more; batch_size: 2 or more; warmup: 0 or more, below 1")
     device = choose_device(device)
     if precision == "auto":
-        fast = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16")
-        precision = "bfloat16" if fast else "float32"
+        precision = ("bfloat16" if device.type == "cuda" or
+                     torch.cpu.get_capabilities().get("avx512_bf16") else "float32")
     settings = {"method": METHOD, **locals()}
-    for name in ("teacher", "few", "fast", "device", "evaluate", "out", "resume"):
-        settings.pop(name, None)                                        # not settings
+    for name in ("teacher", "few", "device", "evaluate", "out", "resume"):
+        del settings[name]                                              # not settings
     autocast = partial(torch.autocast, device.type, getattr(torch, precision),
                        enabled=precision != "float32")
     torch.manual_seed(seed)
@@ -214,7 +214,7 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
     centroids = Centroids(num_classes, width).to(device)
     generator_optimizer = torch.optim.Adam(
         generator.parameters(), generator_lr, betas=(0.5, 0.999), fused=True, capturable=True)
-    warm, half = int(iterations * warmup), batch_size // 2
+    warm, half, total = int(iterations * warmup), batch_size // 2, iterations * batch_size
     lr = torch.tensor(float(student_lr), device=device)
     student_optimizer = torch.optim.SGD(student.parameters(), lr, 0.9, nesterov=True, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(student_optimizer, iterations - warm)
@@ -223,9 +223,10 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
         "student_optimizer": student_optimizer, "generator_optimizer": generator_optimizer,
         "schedule": schedule})
     def measure(name, model):
-        with torch.no_grad(), torch.random.fork_rng():                  # measuring changes no run
+        with torch.no_grad(), torch.random.fork_rng(), blaming('evaluate: a dict with "top1"'):
             generated = (generator.sample(batch_size) for _ in range(20))
             found = evaluate(model) if evaluate else evaluate_on(generated, teacher, model)
+            assert "top1" in found
         run.metrics.update({f"{name}_{key}": float(value) for key, value in found.items()})
     def train_step(learns):
         """Steps 1, 2 and 4. learns: whether the student does too. Returns the losses by name."""
@@ -262,8 +263,7 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
             nn.utils.clip_grad_norm_(student.parameters(), 3.0)         # else Q can fall to chance
             student_optimizer.step()
         return {name: loss.detach() for name, loss in losses.items()}
-    # Step 5, report and save, is within train. The generator alone at first:
-    train(run, partial(train_step, False), warm)
+    train(run, partial(train_step, False), warm)  # the generator alone; within: 5. report and save
     # 3. Once: observe ranges (PTQ, quantization alone); calibrate, which finds them anew.
     if "calibrated_top1" not in run.metrics:
         with torch.no_grad():
@@ -279,12 +279,12 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
                     images[half:] = transformed(images[half:])
                 calibrate(student, teacher, batches)
             measure("calibrated", student)
-            # In many steps, or with little left to learn, Q ends farther from P at the full rate.
+            # With little left to learn, few images a class or very many, Q would be taken from P.
             left = kd_loss(student(images), teacher(images), 1).item()
-            share = min(1, (left / 0.05) ** 2, (64000 / iterations / batch_size) ** 0.5)
-        student_optimizer.param_groups[0]["lr"] *= share
+            student_optimizer.param_groups[0]["lr"] *= min(
+                1, (left / 0.05) ** 2, total / num_classes / 64, (64000 / total) ** 0.5)
     train(run, partial(train_step, True), iterations, schedule)
-    measure("q", student)
+    measure("q", freeze(student))
     return student, finish(run, teacher, "" if evaluate else "on generated images: ")   # step 6
 # =========================================================================== shared plumbing: begin
 STOP = []  # Ctrl-C and SIGTERM add to it; it is asked after each iteration
@@ -431,8 +431,8 @@ def prepare_models(teacher, settings, device):
             getattr(m, "out_features", 0), getattr(m, "out_channels", 0))][-1]
         logits, features, statistics = teacher_forward(teacher, classifier, images.requires_grad_())
         batch_norm_loss(statistics).backward()
-        again = F.linear(features, classifier.weight.flatten(1), classifier.bias)
-        torch.testing.assert_close(again, logits, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(logits, F.linear(
+            features, classifier.weight.flatten(1), classifier.bias), rtol=1e-3, atol=1e-3)
         copy.deepcopy(student)(images)
     return teacher, classifier, student
 
@@ -531,15 +531,14 @@ def finish(run, teacher, on):
         images, labels = generator.sample(80)
         pixels = images[labels.argsort()] * generator.std + generator.mean
         utils.save_image(pixels[:, :3], f"{run.out}/samples.png")
-    line = "full precision {fp_top1:.1f} %  PTQ {ptq_top1:.1f} %  {method} {q_top1:.1f} %"
-    if "q_divergence" in result:
+    line = "fp {fp_top1:.1f}, ptq {ptq_top1:.1f}, calibrated {calibrated_top1:.1f}, q {q_top1:.1f}"
+    if "q_agreement" in result and "q_divergence" in result:
         line += " (agreement {q_agreement:.1f} %, divergence {q_divergence:.3f})"
-    say(f"{on}{line.format(**result)}  {fp_mb / q_mb:.1f}x smaller")
+    say(f"{METHOD}, {on}top-1: {line.format(**result)}, tensors {fp_mb / q_mb:.1f}x smaller")
     if left:
-        say(f"never ran, so their input is in float: {' '.join(left)}")
+        say(f"never ran, so left in float: {' '.join(left)}")
     return result
-# --------------------------------------------------------------------------------- the command line
-# A flag a line: its name, what it takes (- for nothing), its help.
+# ------------------------- the command line: a flag a line, what it takes (- for nothing), its help
 COMMON_FLAGS = """\
 arch NAME shapes, a demonstration (default), resnet20, or one of torchvision with batch norms
 dataset shapes|cifar10|imagenet what it was trained on (default: the arch's)
