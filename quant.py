@@ -173,8 +173,9 @@ class QuantLayer(nn.Module):
 
 
 def quant_layers(model):
-    """{name: QuantLayer} of a quantized model, in the order of modules()."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, QuantLayer)}
+    """{name: QuantLayer} of a quantized model, in the order of modules(), by all of its names."""
+    named = model.named_modules(remove_duplicate=False)
+    return {name: m for name, m in named if isinstance(m, QuantLayer)}
 
 
 def batch_norms(model):
@@ -191,7 +192,7 @@ def quantize_model(model, w_bits, a_bits, symmetric=False, input_bits=8, input_r
     bits and (min, max) of the images, which the first layer, in the order of modules(), takes.
     least_error=False: ranges from minimum to maximum. The copy is in evaluation mode and
     has to stay there, so that its batch norms keep their statistics. It observes ranges until
-    `freeze`. Weights and biases of its QuantLayers and batch norms learn, nothing else does.
+    `freeze`. What its QuantLayers and batch norms hold learns, nothing else does.
     Raises ValueError for other bits, TypeError for a layer whose weight is computed (pruned,
     parametrized).
     """
@@ -268,7 +269,7 @@ def samples(y, input, weight, bias=None, stride=1, padding=0, dilation=1, groups
         pads = {"same": (reach // 2, reach - reach // 2), "valid": (0, 0)}.get(p, (p, p))
         x = F.pad(x, [0, 0] * (dims - 1) + list(pads))
         x = x.unfold(2 + dim, reach + 1, skip * s)[..., ::d]            # (B, groups C, ..., k)
-        y = y[(slice(None),) * (2 + dim) + (slice(None, None, skip),)]
+        y = y.unfold(2 + dim, 1, skip)[..., 0]
     space = range(3, 3 + dims)
     x, y = (v.unflatten(1, (groups, -1)).float() for v in (x, y))
     x = x.permute(1, 2, *range(3 + dims, x.dim()), 0, *space)           # (groups, C, k.., B, ..)
@@ -314,7 +315,8 @@ def calibrate(student, teacher, batches):
     batches: a list of images, (B, C, H, W). All go through both networks at once: memory has to
     hold a few of the largest layer's outputs, and 40,000 places of each. As they pass, each
     part is set when it runs, from what the parts before it, already set, make of the images:
-    - a QuantLayer: its input's range, anew; its weights (gptq_layer), for the teacher's outputs;
+    - a QuantLayer: its input's range, anew; its weights (gptq_layer), for the teacher's outputs,
+      if they go as they are into F.conv1d, F.conv2d or F.linear;
     - a batch norm: with m, v mean and variance of its input in the teacher, m', v' in the student,
       and r^2 = (v' + eps) / (v + eps), the running statistics mu, var of the teacher become
       mu' = m' + r (mu - m) and var' + eps = r^2 (var + eps). r is kept within 1/4 to 4.
@@ -365,9 +367,10 @@ def calibrate(student, teacher, batches):
     for original in norms:
         original.register_forward_pre_hook(keep_statistics)
     with _Calls(keep_output):
-        teacher(images)
+        teacher(images.clone())                                         # it may change them
     with contextlib.ExitStack() as hooks:
         for original, layer in pairs.items():
+            hooks.callback(setattr, layer, "input_range", layer.input_range)
             layer.min_val.fill_(torch.inf)                              # ranges start anew
             layer.observing = False
             hooks.enter_context(layer.register_forward_pre_hook(partial(fit_layer, original)))
@@ -401,9 +404,7 @@ def pack(student):
     layers = {name: m for name, m in quant_layers(student).items() if m.min_val <= m.max_val}
     if not layers or any(layer.observing for layer in layers.values()):
         raise RuntimeError("nothing to pack: run images through the model, then freeze it")
-    state = student.state_dict()
-    for key in state:
-        state[key] = state[key].cpu().clone()
+    state = copy.deepcopy(student).cpu().state_dict()
     for name, layer in layers.items():
         steps = (layer.round_weight(layer.weight) / layer.weight_scale).round()
         codes = (steps + layer.weight_zero_point - layer.w_bounds[0]).to("cpu", torch.uint8)
