@@ -223,7 +223,7 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
         "student_optimizer": student_optimizer, "generator_optimizer": generator_optimizer,
         "schedule": schedule})
     def measure(name, model):
-        with torch.no_grad(), torch.random.fork_rng(), blaming('evaluate: a dict with "top1"'):
+        with torch.no_grad(), torch.random.fork_rng(), blaming('evaluate fails or gives no "top1"'):
             generated = (generator.sample(batch_size) for _ in range(20))
             found = evaluate(model) if evaluate else evaluate_on(generated, teacher, model)
             assert "top1" in found
