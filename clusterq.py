@@ -195,7 +195,7 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
     if student_lr is None:  # a student of many classes is easily taken away from its teacher
         student_lr = 3e-3 if few else 1e-3
     if iterations < 1 or batch_size < 2 or not 0 <= warmup < 1:
-        raise BadInput("iterations: 1 or more; batch_size: 2 or more; warmup: 0 or more, below 1")
+        raise BadInput("iterations >= 1, batch_size >= 2, 0 <= warmup < 1")
     device = choose_device(device)
     if precision == "auto":
         precision = ("bfloat16" if device.type == "cuda" or
