@@ -17,7 +17,7 @@ Where each part comes from, and the flag that leaves it out:
     decoupled distillation                      LRQ, arXiv 2203.08679, --kd kl
     least-error ranges, GPTQ, batch norms       papers on quantization with data, --plain
     transformed images, AMA on the logit        this project, --plain
-    units of L_BNS, label added to z, rates     this project
+    L_BNS's units, label added, Q's rate, clip  this project
 
 The algorithm, numbered as in quantize():
  1. Draw noise z, labels y and images x = G(z, y).
@@ -48,7 +48,7 @@ METHOD = "LRQ"
 METHOD_FLAGS = """\
 no-lka - generator without large-kernel attention
 ama logit|centre|none Adversarial Margin Add (logit; with --plain or above 100 classes, centre)
-margin X of --ama logit, radians; below 0 it draws images to the angle -X (default: -0.5)
+margin X of --ama logit, radians; below 0 features go to the angle -X from W_y (default: -0.5)
 kd dkd|kl distillation: decoupled (default), or the plain KL divergence
 temperature X of the distillation (default: 1, published)
 alpha X weight of TCKD, label against the rest (default: 1, published)
@@ -191,17 +191,17 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
     teacher: an nn.Module, (B, C, S, S) -> logits (B, K), with batch norms; it is not changed.
     image_size: S, 8 or more. num_classes: K. mean, std: lists, the normalisation of each channel's
     pixels in [0, 1]. evaluate: a function of a model, on `device`, that returns a dict of numbers
-    with "top1", in percent; if None, generated images tell. out: a folder for the files. about:
+    with "top1", in percent; None: measured on generated images. out: a folder for the files. about:
     what else to record. The rest are the flags (--help). The student has to stay in evaluation
     mode. Raises BadInput, a ValueError. Seeds torch's random numbers."""
-    few = num_classes <= 100  # with more, f begins at a right angle to W_y: m alone makes L_CE 0
+    few = num_classes <= 100  # with more, f starts at 90 degrees to W_y: m alone makes L_CE 0
     ama = ama or ("logit" if few and not plain else "centre")
     if bns_weight is None:  # L_CE of many classes, large for long, hides L_BNS
         bns_weight = 1.0 if few else 100.0
     if student_lr is None:  # a student of many classes is easily taken away from its teacher
         student_lr = 3e-3 if few else 1e-3
     if (iterations < 1 or batch_size < 2 or not 0 <= warmup < 1
-            or {ama, kd} - {"logit", "centre", "none", "dkd", "kl"}):
+            or ama not in ("logit", "centre", "none") or kd not in ("dkd", "kl")):
         raise BadInput("iterations >= 1, batch_size >= 2, 0 <= warmup < 1, ama and kd as in --help")
     device = choose_device(device)
     if precision == "auto":
@@ -281,7 +281,7 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
                     images[half:] = transformed(images[half:])
                 calibrate(student, teacher, batches)
             measure("calibrated", student)
-            # With little left to learn, few images a class or very many, Q would be taken from P.
+            # Lower, where training takes Q from P: little left, few images a class, a long run.
             left = kd_loss(student(images), teacher(images), 1).item()
             student_optimizer.param_groups[0]["lr"] *= min(
                 1, (left / 0.05) ** 2, total / num_classes / 64, (64000 / total) ** 0.5)
@@ -553,7 +553,7 @@ symmetric - signed codes with zero point 0 (default: asymmetric)
 plain - nearest to the paper: ranges from minimum to maximum, nothing calibrated or transformed
 iterations N in all, warm-up included (default: imagenet 80000, GDFQ; CIFAR 1000, shapes 300)
 batch-size N images an iteration (default: imagenet 16, GDFQ; CIFAR 64, shapes 32)
-warmup X share of the iterations in which the generator learns alone (default: 0.15)
+warmup X share of the iterations in which the generator learns alone (default: 0.15, ours)
 generator-lr X generator learning rate, Adam (default: 0.001, GDFQ)
 student-lr X highest learning rate of the student, SGD (default: 0.003, above 100 classes 0.001)
 bns-weight X weight of L_BNS in L_G (default: 1, above 100 classes 100; GDFQ 0.1)
