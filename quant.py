@@ -56,8 +56,8 @@ def calculate_range(x, bits, symmetric, least_error=True):
 
     At few bits, rare extremes cost all other values resolution. So the range is a share, 1, 0.9
     ... 0.3, of that from minimum to maximum: the one with the least mean |rounding error|^3. (The
-    square clips more, which was worse at 2 bits.) Without least_error it is the whole range.
-    Raises ValueError if x is empty or not finite.
+    square, as in arXiv 2106.08295, clips more: worse at 2 bits.) Without least_error the whole
+    range. Raises ValueError if x is empty or not finite.
     """
     if not x.numel() or not x.isfinite().all():
         raise ValueError("cannot find a range: values are NaN or infinite, or there are none")
