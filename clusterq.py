@@ -18,7 +18,7 @@ Where each part comes from, and the flag that leaves it out:
     moving average of the centroids             ClusterQ, --no-ema
     least-error ranges, GPTQ, batch norms       papers on quantization with data, --plain
     transformed images                          this project, --plain
-    L_BNS's units, label added, Q's rate, clip  this project
+    units, contrast, label added, rate, clip    this project
 
 The algorithm, numbered as in quantize():
  1. Draw noise z, labels y and images x = G(z, y).
@@ -74,12 +74,14 @@ class Generator(nn.Module):
             o = widths[level]
             layers += [nn.Upsample(image_size >> level), nn.Conv2d(widths[level + 1], o, 3, 1, 1),
                        nn.BatchNorm2d(o), nn.LeakyReLU(0.2, inplace=True)]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(o, len(mean), 3, 1, 1), nn.Tanh(),
-                                    nn.BatchNorm2d(len(mean), affine=False))
+        self.layers = nn.Sequential(*layers, nn.Conv2d(o, len(mean), 3, 1, 1), nn.Tanh())
+        self.norm = nn.BatchNorm2d(len(mean), affine=False)
         self.mean, self.std = (nn.Buffer(torch.Tensor(v).view(-1, 1, 1)) for v in (mean, std))
 
     def forward(self, z, labels):
         x = self.layers(z + self.embedding(labels)).float()
+        contrast, brightness = z[:, :2, None, None, None].unbind(1)     # each (B, 1, 1, 1)
+        x = self.norm((0.3 * contrast).exp() * x + 0.35 * brightness)
         return ((0.5 + 0.25 * x).clamp(0, 1) - self.mean) / self.std
 
     def sample(self, count):
