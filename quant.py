@@ -107,7 +107,7 @@ def fake_quantize(x, scale, zero_point, quant_min, quant_max):
 
 class QuantLayer(nn.Module):
     """A Conv1d, Conv2d or Linear, or a subclass with a forward of its own, with quantized weight
-    (a range for each output channel, found here) and input (one range).
+    (a range for each output channel, found here, then fixed) and input (one range).
 
     While `observing`, as at first, the input passes in float and its range is tracked: a moving
     average, momentum 0.1, of each batch's calculate_range, widened to input_range, (min, max).
