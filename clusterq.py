@@ -17,8 +17,8 @@ Where each part comes from, and the flag that leaves it out:
     spread, against class-wise mode collapse    ClusterQ, --no-variance
     moving average of the centroids             ClusterQ, --no-ema
     least-error ranges, GPTQ, batch norms       papers on quantization with data, --plain
-    transformed images                          this project, --plain
-    units, contrast, label added, rate, clip    this project
+    transformed images, contrast                this project, --plain
+    z + label, L_BNS units, gradients clipped   this project; all: README, Differences
 
 The algorithm, numbered as in quantize():
  1. Draw noise z, labels y and images x = G(z, y).
@@ -52,7 +52,7 @@ METHOD_FLAGS = """\
 no-sfda - no alignment to the class centroids
 no-variance - no spread round the centroids: alignment alone
 no-ema - after the warm-up centroids stay, those of classes without any excepted
-sfda-weight X weight of L_SFDA in L_G (default: 0.9, published)
+sfda-weight X b, weight of L_SFDA in L_G (default: 0.9, published)
 rho X share of a batch in the centroids' moving average (default: 0.2, published)
 noise X spread round a centroid, in the layer's standard deviations (default: 0.5; published: 0.03)
 first-layer N first semantic layer, batch norms counted from 0 (default: (number + 1) // 2 - 2)
@@ -61,9 +61,9 @@ temperature X of the distillation (default: 4; published 20)
 # --------------------------------------------------------------------------------------- generator
 class Generator(nn.Module):
     """G(z, y): noise (B, 100), labels (B,) -> normalised images (B, C, S, S).
-    GDFQ's generator (arXiv 2003.03603), beginning at S/4 (at S/8 if S >= 64). The label's
-    embedding is added to z (GDFQ multiplies: then it shows in the variance alone)."""
-    def __init__(self, image_size, num_classes, mean, std):
+    GDFQ's generator (arXiv 2003.03603) from S/4 on (S/8 if S >= 64). The label's embedding is added
+    to z (GDFQ multiplies: then it shows in variance alone). vary: images differ in contrast too."""
+    def __init__(self, image_size, num_classes, mean, std, vary=True):
         super().__init__()
         self.embedding = nn.Embedding(num_classes, 100)
         widths = (32, 64, 128) if image_size < 64 else (32, 64, 128, 128)      # at S, S/2, ...
@@ -75,12 +75,12 @@ class Generator(nn.Module):
             layers += [nn.Upsample(image_size >> level), nn.Conv2d(widths[level + 1], o, 3, 1, 1),
                        nn.BatchNorm2d(o), nn.LeakyReLU(0.2, inplace=True)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(o, len(mean), 3, 1, 1), nn.Tanh())
-        self.norm = nn.BatchNorm2d(len(mean), affine=False)
+        self.norm, self.vary = nn.BatchNorm2d(len(mean), affine=False), vary
         self.mean, self.std = (nn.Buffer(torch.Tensor(v).view(-1, 1, 1)) for v in (mean, std))
 
     def forward(self, z, labels):
         x = self.layers(z + self.embedding(labels)).float()
-        contrast, brightness = z[:, :2, None, None, None].unbind(1)     # each (B, 1, 1, 1)
+        contrast, brightness = (self.vary * z[:, :2, None, None, None]).unbind(1)
         x = self.norm((0.3 * contrast).exp() * x + 0.35 * brightness)
         return ((0.5 + 0.25 * x).clamp(0, 1) - self.mean) / self.std
 
@@ -187,7 +187,7 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
     """Quantize a trained classifier without its data. Returns (student, what result.json holds).
     teacher: an nn.Module, (B, C, S, S) -> logits (B, K), with batch norms; it is not changed.
     image_size: S, 8 or more. num_classes: K. mean, std: lists, the normalisation of each channel's
-    pixels in [0, 1]. evaluate: a function of a model, on `device`, that returns a dict of numbers
+    pixels in [0, 1]. evaluate: a function of a model, a copy on `device`: returns a dict of numbers
     with "top1", in percent; None: measured on generated images. out: a folder for the files. about:
     what else to record. The rest are the flags (--help). The student has to stay in evaluation
     mode. Raises BadInput, a ValueError. Seeds torch's random numbers."""
@@ -209,7 +209,7 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
                        enabled=precision != "float32")
     torch.manual_seed(seed)
     teacher, classifier, student = prepare_models(teacher, settings, device)
-    generator = Generator(image_size, num_classes, mean, std).to(device)
+    generator = Generator(image_size, num_classes, mean, std, vary=not plain).to(device)
     with torch.no_grad(), blaming(f"--first-layer {first_layer} is not one of the batch norms"):
         *_, statistics = teacher_forward(teacher, classifier, generator.sample(2)[0])
         width = semantic_statistics(statistics, first_layer)[0].shape[1]
@@ -226,8 +226,8 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
         "schedule": schedule})
     def measure(name, model):
         with torch.no_grad(), torch.random.fork_rng(), blaming('evaluate fails or gives no "top1"'):
-            generated = (generator.sample(batch_size) for _ in range(20))
-            found = evaluate(model) if evaluate else evaluate_on(generated, teacher, model)
+            new = (generator.sample(batch_size) for _ in range(20))
+            found = evaluate(copy.deepcopy(model)) if evaluate else evaluate_on(new, teacher, model)
             assert "top1" in found
         run.metrics.update({f"{name}_{key}": float(value) for key, value in found.items()})
     def train_step(learns):
@@ -556,7 +556,7 @@ batch-size N images an iteration (default: imagenet 16, GDFQ; CIFAR 64, shapes 3
 warmup X share of the iterations in which the generator learns alone (default: 0.15, ours)
 generator-lr X generator learning rate, Adam (default: 0.001, GDFQ)
 student-lr X highest learning rate of the student, SGD (default: 0.003, above 100 classes 0.001)
-bns-weight X weight of L_BNS in L_G (default: 1, above 100 classes 100; GDFQ 0.1)
+bns-weight X a, weight of L_BNS in L_G (default: 1, above 100 classes 100; GDFQ 0.1)
 seed N seed of all random numbers (default: 0)
 device auto|cuda|cpu auto (default): cuda if there is one; CUDA_VISIBLE_DEVICES says which
 precision auto|float32|bfloat16 in training (default: bfloat16 on a GPU or with AVX512-BF16)
@@ -614,7 +614,7 @@ if __name__ == "__main__":
         signal.signal(number, stop)
     try:
         main()
-    except (BadInput, OSError, KeyboardInterrupt) as error:             # the user can fix it
+    except (ValueError, OSError, KeyboardInterrupt) as error:           # the user can fix it
         print(f"{METHOD}: {error}", file=sys.stderr)
         sys.exit(2)
 # ============================================================================= shared plumbing: end

@@ -17,7 +17,7 @@ Where each part comes from, and the flag that leaves it out:
     decoupled distillation                      LRQ, arXiv 2203.08679, --kd kl
     least-error ranges, GPTQ, batch norms       papers on quantization with data, --plain
     transformed images, AMA on the logit        this project, --plain
-    L_BNS's units, label added, Q's rate, clip  this project
+    z + label, L_BNS units, gradients clipped   this project; all: README, Differences
 
 The algorithm, numbered as in quantize():
  1. Draw noise z, labels y and images x = G(z, y).
@@ -29,8 +29,8 @@ The algorithm, numbered as in quantize():
 
 Differences from the paper and its code (github.com/hfutly66/LRQ, branch master; README has more).
 AMA: `centre`, as published, keeps images at 16.9 to 49.8 degrees from the centre of their class's
-features; `logit`, ours, the default up to 100 classes, is a margin within the class loss. The
-generator learns throughout; the published code stops it early and optimises images one by one.
+features; `logit`, ours, is a margin in the class loss: better on a ResNet-32, so the default up to
+100 classes. The published code optimises images one by one; here the generator learns throughout.
 
 Shapes: B batch size, K classes, D features, S image size, C channels, H and W height and width.
 """
@@ -48,7 +48,7 @@ METHOD = "LRQ"
 METHOD_FLAGS = """\
 no-lka - generator without large-kernel attention
 ama logit|centre|none Adversarial Margin Add (logit; with --plain or above 100 classes, centre)
-margin X of --ama logit, radians; below 0 features go to the angle -X from W_y (default: -0.5)
+margin X of --ama logit, radians; features go to the angle -X from their class's weights (-0.5)
 kd dkd|kl distillation: decoupled (default), or the plain KL divergence
 temperature X of the distillation (default: 1, published)
 alpha X weight of TCKD, label against the rest (default: 1, published)
@@ -175,7 +175,7 @@ def teacher_forward(teacher, classifier, images):
         if layer is classifier:
             return features.append(args[0].float().flatten(1))
         h = args[0].movedim(1, -1).flatten(0, -2).float()               # (B H W, C)
-        mean, square = h.sum(0) / len(h), (h * h).sum(0) / len(h)       # h.mean(0) would be slower
+        mean, square = (v.sum(0) / len(h) for v in (h, h * h))          # h.mean(0) would be slower
         statistics.append((layer, mean, square - mean * mean))
     with contextlib.ExitStack() as hooks:
         for layer in [classifier, *batch_norms(teacher).values()]:
@@ -190,11 +190,11 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
     """Quantize a trained classifier without its data. Returns (student, what result.json holds).
     teacher: an nn.Module, (B, C, S, S) -> logits (B, K), with batch norms; it is not changed.
     image_size: S, 8 or more. num_classes: K. mean, std: lists, the normalisation of each channel's
-    pixels in [0, 1]. evaluate: a function of a model, on `device`, that returns a dict of numbers
+    pixels in [0, 1]. evaluate: a function of a model, a copy on `device`: returns a dict of numbers
     with "top1", in percent; None: measured on generated images. out: a folder for the files. about:
     what else to record. The rest are the flags (--help). The student has to stay in evaluation
     mode. Raises BadInput, a ValueError. Seeds torch's random numbers."""
-    few = num_classes <= 100  # with more, f starts at 90 degrees to W_y: m alone makes L_CE 0
+    few = num_classes <= 100  # with more, f is at 90 degrees to W_y: a margin alone makes L_CE 0
     ama = ama or ("logit" if few and not plain else "centre")
     if bns_weight is None:  # L_CE of many classes, large for long, hides L_BNS
         bns_weight = 1.0 if few else 100.0
@@ -228,8 +228,8 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
         "generator_optimizer": generator_optimizer, "schedule": schedule})
     def measure(name, model):
         with torch.no_grad(), torch.random.fork_rng(), blaming('evaluate fails or gives no "top1"'):
-            generated = (generator.sample(batch_size) for _ in range(20))
-            found = evaluate(model) if evaluate else evaluate_on(generated, teacher, model)
+            new = (generator.sample(batch_size) for _ in range(20))
+            found = evaluate(copy.deepcopy(model)) if evaluate else evaluate_on(new, teacher, model)
             assert "top1" in found
         run.metrics.update({f"{name}_{key}": float(value) for key, value in found.items()})
     def train_step(learns):
@@ -556,7 +556,7 @@ batch-size N images an iteration (default: imagenet 16, GDFQ; CIFAR 64, shapes 3
 warmup X share of the iterations in which the generator learns alone (default: 0.15, ours)
 generator-lr X generator learning rate, Adam (default: 0.001, GDFQ)
 student-lr X highest learning rate of the student, SGD (default: 0.003, above 100 classes 0.001)
-bns-weight X weight of L_BNS in L_G (default: 1, above 100 classes 100; GDFQ 0.1)
+bns-weight X a, weight of L_BNS in L_G (default: 1, above 100 classes 100; GDFQ 0.1)
 seed N seed of all random numbers (default: 0)
 device auto|cuda|cpu auto (default): cuda if there is one; CUDA_VISIBLE_DEVICES says which
 precision auto|float32|bfloat16 in training (default: bfloat16 on a GPU or with AVX512-BF16)
@@ -614,7 +614,7 @@ if __name__ == "__main__":
         signal.signal(number, stop)
     try:
         main()
-    except (BadInput, OSError, KeyboardInterrupt) as error:             # the user can fix it
+    except (ValueError, OSError, KeyboardInterrupt) as error:           # the user can fix it
         print(f"{METHOD}: {error}", file=sys.stderr)
         sys.exit(2)
 # ============================================================================= shared plumbing: end

@@ -3,8 +3,8 @@
 
     student = quantize_model(model, w_bits=4, a_bits=4)   # a copy; `model` stays as it is
     student(images)                                       # it observes the activation ranges
-    freeze(student)                                       # ranges fixed: quantized, no more
-    calibrate(student, model, [images])                   # or better: ranges, weights, batch norms
+    freeze(student)                                       # ranges fixed: quantization alone
+    calibrate(student, model, [images])                   # or, better than these two lines
     torch.save(pack(student), "student.pt")               # integer codes, b bits each
     student = unpack(torch.load("student.pt", weights_only=True), model)
 
@@ -310,7 +310,7 @@ def gptq_layer(w, x, y, quantize, ridge=100, damping=0.3, block=1024):
 
 @torch.no_grad()
 def calibrate(student, teacher, batches):
-    """Find ranges, weights and batch-norm statistics that bring a new student near to its teacher.
+    """Find ranges, weights and batch-norm statistics that bring a student near to its teacher.
 
     batches: a list of images, (B, C, H, W). All go through both networks at once: memory has to
     hold a few of the largest layer's outputs, and 40,000 places of each. As they pass, each
