@@ -353,7 +353,7 @@ def load_teacher(arch, dataset, file):
         raise BadInput(f"--arch {arch} is not known: did you mean {near[0]}?")
     with blaming(f"--arch {arch} --dataset {dataset} --weights {file} do not fit"):
         if dataset == "imagenet":
-            published = models.get_model_weights(arch)["IMAGENET1K_V1"]
+            published, *_ = models.get_model_weights(arch)
             preprocess, url = published.transforms(), published.url
             about = {**about, "image_size": preprocess.crop_size[0], "mean": preprocess.mean,
                      "std": preprocess.std}
