@@ -130,7 +130,7 @@ def batch_norm_loss(statistics):
 def ama_logits(features, weight, bias, labels, margin):
     """Logits with a margin m on the label's angle: |f| |W_y| cos(theta_y + m) + b_y, (B, K).
     features: f, (B, D). weight: W, (K, D). bias: b, (K,) or None. labels: y, (B,). margin: m,
-    radians; theta_y: the angle between f and W_y. Below 0 images are drawn to the angle -m, at 0
+    radians; theta_y: the angle between f and W_y. Below 0, f is pulled to the angle -m, at 0
     these are the plain logits. Source: ours, for AMA, after ArcFace (arXiv 1801.07698, eq. 3)."""
     w_y = weight[labels]                                                # (B, D)
     cosine = F.cosine_similarity(features, w_y).clamp(-0.999999, 0.999999)

@@ -55,8 +55,8 @@ def calculate_range(x, bits, symmetric, least_error=True):
     """(min_val, max_val), each (R, 1), for the values in each of R rows, x: (R, N) float32.
 
     At few bits, rare extremes cost all other values resolution. So the range is a share, 1, 0.9
-    ... 0.3, of that from minimum to maximum: the one with the least mean |rounding error|^3. (The
-    square, as in arXiv 2106.08295, clips more: worse at 2 bits.) Without least_error the whole
+    ... 0.3, of that from minimum to maximum: the one with the least mean |error|^3, clipping
+    included. (The square, arXiv 2106.08295, is worse at 2 bits.) Without least_error the whole
     range. Raises ValueError if x is empty or not finite.
     """
     if not x.numel() or not x.isfinite().all():
