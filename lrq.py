@@ -48,7 +48,7 @@ METHOD = "LRQ"
 METHOD_FLAGS = """\
 no-lka - generator without large-kernel attention
 ama logit|centre|none Adversarial Margin Add (logit; with --plain or above 100 classes, centre)
-margin X of --ama logit, radians; features go to the angle -X from their class's weights (-0.5)
+margin X of --ama logit; below 0 features go to -X radians from their class's weights (default -0.5)
 kd dkd|kl distillation: decoupled (default), or the plain KL divergence
 temperature X of the distillation (default: 1, published)
 alpha X weight of TCKD, label against the rest (default: 1, published)
