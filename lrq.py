@@ -194,7 +194,7 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
     with "top1", in percent; None: measured on generated images. out: a folder for the files. about:
     what else to record. The rest are the flags (--help). The student has to stay in evaluation
     mode. Raises BadInput, a ValueError. Seeds torch's random numbers."""
-    few = num_classes <= 100  # with more, f is at 90 degrees to W_y: a margin alone makes L_CE 0
+    few = num_classes <= 100  # with more, f begins at 90 degrees to W_y: -0.5 makes L_CE 0
     ama = ama or ("logit" if few and not plain else "centre")
     if bns_weight is None:  # L_CE of many classes, large for long, hides L_BNS
         bns_weight = 1.0 if few else 100.0
@@ -404,7 +404,7 @@ def evaluate_on(batches, teacher, model):
     return {"top1": top1, "agreement": agreement, "divergence": kd_loss(logits, expected, 1).item()}
 # ------------------------------------------------------------------------------------------ a run
 def choose_device(name):
-    """On a GPU: bfloat16, a CUDA graph (three more iterations a phase), sums in any order."""
+    """The device, tried. A GPU means bfloat16, a CUDA graph (train), sums in no fixed order."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.benchmark = True  # every iteration has the same shapes

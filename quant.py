@@ -10,7 +10,7 @@
 
 The maths and the words are those of torch.fake_quantize_per_tensor_affine, to the bit:
 
-    q = clamp(round(x / scale) + zero_point, quant_min, quant_max)      rounding half to even
+    q = clamp(round(x * (1 / scale)) + zero_point, quant_min, quant_max)    rounding half to even
     y = (q - zero_point) * scale
 
 Quantized: the weight (a range for each output channel) and the input (one range) of every Conv1d,
