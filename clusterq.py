@@ -9,7 +9,7 @@ features cluster by class; Q learns from P.
     python clusterq.py --arch resnet18 --w 4 --a 4  # an ImageNet network; for a GPU
 
 Result (README): ResNet-20, CIFAR-10, 2-bit weights, 4-bit activations, 400 iterations of 64, three
-seeds: 85.3 +- 0.5 % top-1; full precision 88.0, quantization alone about 30. Minutes on one core.
+seeds: 85.3 +- 0.5 % top-1 (full precision 88.0, quantization alone 30). A few minutes, one core.
 
 Where each part comes from, and the flag that leaves it out:
     generator, L_CE + L_BNS, alternate steps    GDFQ, arXiv 2003.03603
