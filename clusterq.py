@@ -199,9 +199,9 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
     if iterations < 1 or batch_size < 2 or not 0 <= warmup < 1:
         raise BadInput("iterations >= 1, batch_size >= 2, 0 <= warmup < 1")
     device = choose_device(device)
-    if precision == "auto":
-        precision = ("bfloat16" if device.type == "cuda" or
-                     torch.cpu.get_capabilities().get("avx512_bf16") else "float32")
+    if precision == "auto":  # above 6 bits Q would learn bfloat16's errors, larger than its own
+        precision = ("bfloat16" if min(w_bits, a_bits) < 7 and (device.type == "cuda" or
+                     torch.cpu.get_capabilities().get("avx512_bf16")) else "float32")
     settings = {"method": METHOD, **locals()}
     for name in ("teacher", "few", "device", "evaluate", "out", "resume"):
         del settings[name]                                              # not settings
@@ -559,7 +559,7 @@ student-lr X highest learning rate of the student, SGD (default: 0.003, above 10
 bns-weight X a, weight of L_BNS in L_G (default: 1, above 100 classes 100; GDFQ 0.1)
 seed N seed of all random numbers (default: 0)
 device auto|cuda|cpu auto (default): cuda if there is one; CUDA_VISIBLE_DEVICES says which
-precision auto|float32|bfloat16 in training (default: bfloat16 on a GPU or with AVX512-BF16)
+precision auto|float32|bfloat16 in training (bfloat16 on a GPU or AVX512-BF16, to 6 bits)
 out FOLDER where the files go (default: out/, method, arch and time)
 resume - go on from the checkpoint in --out, with the same settings (on a CPU, to the same bits)
 evaluate STUDENT.pt train nothing: measure this student on --data
@@ -596,17 +596,17 @@ def main():
     given = vars(parser.parse_args())
     arch, file, folder = (given.pop(name, None) for name in ("arch", "weights", "data"))
     arch = arch or "shapes"
-    guess = {"shapes": "shapes", "resnet20": "cifar10"}.get(arch, "imagenet")
-    dataset = given.pop("dataset", guess)
+    dataset = given.pop("dataset", {"shapes": "shapes", "resnet20": "cifar10"}.get(
+        arch, "imagenet"))
     model, about, preprocess = load_teacher(arch, dataset, file)
     images = load_images(dataset, folder, preprocess, given.pop("workers", 4))
     model.to(choose_device(given.get("device", "auto")))
     if "evaluate" in given:
         with blaming("--evaluate needs a student of this --arch, and --data"):
             return say(evaluate_on(images, model, unpack(torch.load(given["evaluate"]), model)))
-    record = {"arch": arch, "dataset": dataset, "weights": file, "data": folder}
     quantize(model, **{
-        **about, "about": record, "evaluate": images and partial(evaluate_on, images, model),
+        **about, "about": {"arch": arch, "dataset": dataset, "weights": file, "data": folder},
+        "evaluate": images and partial(evaluate_on, images, model),
         "out": time.strftime(f"out/{METHOD.lower()}-{arch}-%m%d-%H%M%S"), **given})
 
 if __name__ == "__main__":

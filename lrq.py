@@ -134,8 +134,7 @@ def ama_logits(features, weight, bias, labels, margin):
     these are the plain logits. Source: ours, for AMA, after ArcFace (arXiv 1801.07698, eq. 3)."""
     w_y = weight[labels]                                                # (B, D)
     cosine = F.cosine_similarity(features, w_y).clamp(-0.999999, 0.999999)
-    change = (cosine.acos() + margin).cos() - cosine                    # (B,)
-    change = change * features.norm(dim=1) * w_y.norm(dim=1)
+    change = ((cosine.acos() + margin).cos() - cosine) * features.norm(dim=1) * w_y.norm(dim=1)
     return F.linear(features, weight, bias).scatter_add(1, labels[:, None], change[:, None])
 
 def ama_centre_loss(features, centres, labels, margin=0.5, low=0.3, high=0.8):
@@ -204,9 +203,9 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
             or ama not in ("logit", "centre", "none") or kd not in ("dkd", "kl")):
         raise BadInput("iterations >= 1, batch_size >= 2, 0 <= warmup < 1, ama and kd as in --help")
     device = choose_device(device)
-    if precision == "auto":
-        precision = ("bfloat16" if device.type == "cuda" or
-                     torch.cpu.get_capabilities().get("avx512_bf16") else "float32")
+    if precision == "auto":  # above 6 bits Q would learn bfloat16's errors, larger than its own
+        precision = ("bfloat16" if min(w_bits, a_bits) < 7 and (device.type == "cuda" or
+                     torch.cpu.get_capabilities().get("avx512_bf16")) else "float32")
     settings = {"method": METHOD, **locals()}
     for name in ("teacher", "few", "device", "evaluate", "out", "resume"):
         del settings[name]                                              # not settings
@@ -214,7 +213,7 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
                        enabled=precision != "float32")
     torch.manual_seed(seed)
     teacher, classifier, student = prepare_models(teacher, settings, device)
-    weight, bias = classifier.weight.flatten(1), classifier.bias        # W, (K, D); b, (K,)
+    weight = classifier.weight.flatten(1)                               # W, (K, D)
     generator = Generator(image_size, num_classes, mean, std, lka).to(device)
     generator.centres = nn.Buffer(torch.zeros_like(weight))             # of ama_centre_loss
     generator_optimizer = torch.optim.Adam(
@@ -239,7 +238,8 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
             images, labels = generator.sample(batch_size)               # (B, C, S, S), (B,)
             expected, features, statistics = teacher_forward(teacher, classifier, images)
         # 2. Generator step on L_G = L_CE + a L_BNS, AMA in it or added, through the frozen teacher.
-        logits = expected if ama != "logit" else ama_logits(features, weight, bias, labels, margin)
+        logits = expected if ama != "logit" else ama_logits(
+            features, weight, classifier.bias, labels, margin)
         losses = {"L_CE": F.cross_entropy(logits, labels), "L_BNS": batch_norm_loss(statistics)}
         if ama == "centre":
             losses["L_AMA"] = ama_centre_loss(features, generator.centres, labels)
@@ -559,7 +559,7 @@ student-lr X highest learning rate of the student, SGD (default: 0.003, above 10
 bns-weight X a, weight of L_BNS in L_G (default: 1, above 100 classes 100; GDFQ 0.1)
 seed N seed of all random numbers (default: 0)
 device auto|cuda|cpu auto (default): cuda if there is one; CUDA_VISIBLE_DEVICES says which
-precision auto|float32|bfloat16 in training (default: bfloat16 on a GPU or with AVX512-BF16)
+precision auto|float32|bfloat16 in training (bfloat16 on a GPU or AVX512-BF16, to 6 bits)
 out FOLDER where the files go (default: out/, method, arch and time)
 resume - go on from the checkpoint in --out, with the same settings (on a CPU, to the same bits)
 evaluate STUDENT.pt train nothing: measure this student on --data
@@ -596,17 +596,17 @@ def main():
     given = vars(parser.parse_args())
     arch, file, folder = (given.pop(name, None) for name in ("arch", "weights", "data"))
     arch = arch or "shapes"
-    guess = {"shapes": "shapes", "resnet20": "cifar10"}.get(arch, "imagenet")
-    dataset = given.pop("dataset", guess)
+    dataset = given.pop("dataset", {"shapes": "shapes", "resnet20": "cifar10"}.get(
+        arch, "imagenet"))
     model, about, preprocess = load_teacher(arch, dataset, file)
     images = load_images(dataset, folder, preprocess, given.pop("workers", 4))
     model.to(choose_device(given.get("device", "auto")))
     if "evaluate" in given:
         with blaming("--evaluate needs a student of this --arch, and --data"):
             return say(evaluate_on(images, model, unpack(torch.load(given["evaluate"]), model)))
-    record = {"arch": arch, "dataset": dataset, "weights": file, "data": folder}
     quantize(model, **{
-        **about, "about": record, "evaluate": images and partial(evaluate_on, images, model),
+        **about, "about": {"arch": arch, "dataset": dataset, "weights": file, "data": folder},
+        "evaluate": images and partial(evaluate_on, images, model),
         "out": time.strftime(f"out/{METHOD.lower()}-{arch}-%m%d-%H%M%S"), **given})
 
 if __name__ == "__main__":
