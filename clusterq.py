@@ -200,8 +200,8 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
         raise BadInput("iterations >= 1, batch_size >= 2, 0 <= warmup < 1")
     device = choose_device(device)
     if precision == "auto":  # above 6 bits Q would learn bfloat16's errors, larger than its own
-        precision = ("bfloat16" if min(w_bits, a_bits) < 7 and (device.type == "cuda" or
-                     torch.cpu.get_capabilities().get("avx512_bf16")) else "float32")
+        precision = "bfloat16" if {w_bits, a_bits} - {7, 8} and (device.type == "cuda" or
+            torch.cpu.get_capabilities().get("avx512_bf16")) else "float32"
     settings = {"method": METHOD, **locals()}
     for name in ("teacher", "few", "device", "evaluate", "out", "resume"):
         del settings[name]                                              # not settings
