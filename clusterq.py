@@ -9,7 +9,7 @@ features cluster by class; Q learns from P.
     python clusterq.py --arch resnet18 --w 4 --a 4  # an ImageNet network; for a GPU
 
 Result (README): ResNet-20, CIFAR-10, 2-bit weights, 4-bit activations, 400 iterations of 64, three
-seeds: 85.3 +- 0.5 % top-1 (full precision 88.0, quantization alone 30). A few minutes, one core.
+seeds: 84.9 +- 0.1 % top-1 (full precision 88.0, quantization alone 29). A few minutes, one core.
 
 Where each part comes from, and the flag that leaves it out:
     generator, L_CE + L_BNS, alternate steps    GDFQ, arXiv 2003.03603
@@ -17,7 +17,7 @@ Where each part comes from, and the flag that leaves it out:
     spread, against class-wise mode collapse    ClusterQ, --no-variance
     moving average of the centroids             ClusterQ, --no-ema
     least-error ranges, GPTQ, batch norms       papers on quantization with data, --plain
-    transformed images, contrast                this project, --plain
+    transformed images                          this project, --plain
     z + label, L_BNS units, gradients clipped   this project; all: README, Differences
 
 The algorithm, numbered as in quantize():
@@ -62,8 +62,8 @@ temperature X of the distillation (default: 4; published 20)
 class Generator(nn.Module):
     """G(z, y): noise (B, 100), labels (B,) -> normalised images (B, C, S, S).
     GDFQ's generator (arXiv 2003.03603) from S/4 on (S/8 if S >= 64). The label's embedding is added
-    to z (GDFQ multiplies: then it shows in variance alone). vary: images differ in contrast too."""
-    def __init__(self, image_size, num_classes, mean, std, vary=True):
+    to z (GDFQ multiplies: then it shows in variance alone)."""
+    def __init__(self, image_size, num_classes, mean, std):
         super().__init__()
         self.embedding = nn.Embedding(num_classes, 100)
         widths = (32, 64, 128) if image_size < 64 else (32, 64, 128, 128)      # at S, S/2, ...
@@ -75,13 +75,11 @@ class Generator(nn.Module):
             layers += [nn.Upsample(image_size >> level), nn.Conv2d(widths[level + 1], o, 3, 1, 1),
                        nn.BatchNorm2d(o), nn.LeakyReLU(0.2, inplace=True)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(o, len(mean), 3, 1, 1), nn.Tanh())
-        self.norm, self.vary = nn.BatchNorm2d(len(mean), affine=False), vary
+        self.norm = nn.BatchNorm2d(len(mean), affine=False)
         self.mean, self.std = (nn.Buffer(torch.Tensor(v).view(-1, 1, 1)) for v in (mean, std))
 
     def forward(self, z, labels):
-        x = self.layers(z + self.embedding(labels)).float()
-        contrast, brightness = (self.vary * z[:, :2, None, None, None]).unbind(1)
-        x = self.norm((0.3 * contrast).exp() * x + 0.35 * brightness)
+        x = self.norm(self.layers(z + self.embedding(labels)).float())
         return ((0.5 + 0.25 * x).clamp(0, 1) - self.mean) / self.std
 
     def sample(self, count):
@@ -209,7 +207,7 @@ def quantize(teacher, *, image_size, num_classes, mean, std, iterations, batch_s
                        enabled=precision != "float32")
     torch.manual_seed(seed)
     teacher, classifier, student = prepare_models(teacher, settings, device)
-    generator = Generator(image_size, num_classes, mean, std, vary=not plain).to(device)
+    generator = Generator(image_size, num_classes, mean, std).to(device)
     with torch.no_grad(), blaming(f"--first-layer {first_layer} is not one of the batch norms"):
         *_, statistics = teacher_forward(teacher, classifier, generator.sample(2)[0])
         width = semantic_statistics(statistics, first_layer)[0].shape[1]
