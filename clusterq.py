@@ -402,7 +402,7 @@ def evaluate_on(batches, teacher, model):
     return {"top1": top1, "agreement": agreement, "divergence": kd_loss(logits, expected, 1).item()}
 # ------------------------------------------------------------------------------------------ a run
 def choose_device(name):
-    """The device, tried. A GPU means bfloat16, a CUDA graph (train), sums in no fixed order."""
+    """The device, tried. A GPU means a CUDA graph (see train) and sums in no fixed order."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.benchmark = True  # every iteration has the same shapes
